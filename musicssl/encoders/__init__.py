@@ -1,0 +1,1 @@
+"""Networks: audio in, embeddings of every layer out."""

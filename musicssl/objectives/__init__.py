@@ -1,0 +1,1 @@
+"""Pretext objectives: what a network learns from, one file each."""
