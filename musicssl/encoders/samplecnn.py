@@ -46,7 +46,7 @@ def _check(strides: tuple, width: float, init: str) -> None:
 class SampleCNN(nn.Module):
     """Eleven convolution blocks from samples to one vector per segment.
 
-    Source: CLMR §3, after Lee et al. 2017 (SampleCNN, 3⁹ model with 59,049 samples). Raises: `ValueError` for settings that make no network.
+    Source: CLMR, *SampleCNN encoder*, after Lee et al. 2017 (the 3⁹ model with 59,049 samples). Raises: `ValueError` for settings that make no network.
     """
     def __init__(
         self,
@@ -58,7 +58,7 @@ class SampleCNN(nn.Module):
         super().__init__()
         _check(strides, width, init)
         channels = [int(c * width) for c in _channels]
-        self.sample_rate, self.dim = sample_rate, channels[-1]
+        self.strides, self.width, self.sample_rate, self.dim = tuple(strides), width, sample_rate, channels[-1]
         self.hop = self.n_samples = 3 * math.prod(strides)
         middle = [_block(i, o, kernel=s, pool=s) for i, o, s in zip(channels, channels[1:], strides)]
         self.blocks = nn.Sequential(_block(1, channels[0], kernel=3, stride=3, padding=0), *middle, _block(channels[9], channels[10], kernel=3))
