@@ -170,8 +170,8 @@ class RandomCrop(Transform):
 
     def transform(self, wave: Tensor, params: dict[str, Tensor]) -> Tensor:
         """The pieces (B, n_samples)."""
-        samples = torch.arange(self.n_samples, device=wave.device)
-        return wave.gather(1, params["start"][:, None] + samples)
+        pieces = wave.unfold(1, self.n_samples, 1)           # (B, starts, n_samples), a view: nothing is copied here
+        return pieces[torch.arange(len(wave), device=wave.device), params["start"]]
 
 # %% ../nbs/20_augment.ipynb #dc6904b4
 class Noise(Transform):
@@ -252,9 +252,12 @@ class Compose(Transform):
 # %% ../nbs/20_augment.ipynb #9e088791
 _KINDS = {kind.name: kind for kind in (PolarityInversion, Noise, Gain)}
 CLMR_PRESETS = {                                             # in order of application, after the crop
-    "paper": {"polarity": {"p": .8}, "noise": {"p": .01}, "gain": {"p": .3, "gain_db": (-6., 0.)}},
-    "code_v1": {"polarity": {"p": .8}, "noise": {"p": 0., "snr_db": (40., 40.)}, "gain": {"p": .3, "gain_db": (-20., -1.), "step_db": 1.}},
-    "code_v2": {"polarity": {"p": .8}, "noise": {"p": .01, "even_in": "amplitude"}, "gain": {"p": .3, "gain_db": (-20., -1.)}},
+    "paper": {
+        "polarity": {"p": .8}, "noise": {"p": .01}, "gain": {"p": .3, "gain_db": (-6., 0.)}},
+    "code_v1": {
+        "polarity": {"p": .8}, "noise": {"p": 0., "snr_db": (40., 40.)}, "gain": {"p": .3, "gain_db": (-20., -1.), "step_db": 1.}},
+    "code_v2": {
+        "polarity": {"p": .8}, "noise": {"p": .01, "even_in": "amplitude"}, "gain": {"p": .3, "gain_db": (-20., -1.)}},
 }
 
 
@@ -278,7 +281,7 @@ def two_views(
     seeds: Tensor | None = None, # (B,) int64
     chain_j: Transform | None = None, # another chain for the second view
     return_params: bool = False, # also return what was drawn?
-) -> tuple: # view_i, view_j, (B, n_samples) each; then their two parameter tables, if asked
+) -> tuple[Tensor, ...]: # view_i, view_j, (B, n_samples) each; then their two parameter tables, if asked
     """Draw two independent views of every row, in training and evaluation mode alike.
 
     Source: CLMR §3. Raises `ValueError` without a generator or seeds.

@@ -1,0 +1,197 @@
+"""What the notebook on augmentations cannot show: other processes, other dtypes, other sources of randomness (R7, R23)."""
+import hashlib
+import itertools
+import os
+import random
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from musicssl.augment import (CLMR_PRESETS, Compose, Gain, Noise, PolarityInversion, RandomCrop, Transform, clmr_chain,
+                              draw_seeds, fold_in, normal, two_views, uniform)
+
+DEVICES = [torch.device("cpu"), pytest.param("cuda", marks=pytest.mark.gpu)]
+PRESERVING = {"polarity": PolarityInversion(), "noise": Noise(), "gain": Gain(), "some": Compose([PolarityInversion(.5), Noise(.5), Gain(.5)])}
+SEEDS = draw_seeds(16, torch.Generator().manual_seed(0))
+
+
+def waves(n_samples=3000, rows=16):
+    return .1 * torch.randn(rows, n_samples, generator=torch.Generator().manual_seed(1))
+
+
+def busy_chain():
+    """Everything happens often, so that a difference cannot hide."""
+    return Compose([RandomCrop(2000), PolarityInversion(.5), Noise(.5, snr_db=(0., 20.)), Gain(.5), Noise(.5, snr_db=(0., 20.))])
+
+
+@pytest.mark.parametrize("split", [(1,) * 16, (2, 14), (5, 5, 6), (15, 1)])
+def test_rows_do_not_depend_on_the_batch(split):
+    """R23: any split of the batch gives the same rows, bit for bit, and the same parameters."""
+    whole, params = busy_chain()(waves(), seeds=SEEDS, return_params=True)
+    parts = [busy_chain()(part, seeds=seeds, return_params=True) for part, seeds in zip(waves().split(split), SEEDS.split(split))]
+    assert torch.equal(torch.cat([part for part, _ in parts]), whole)
+    for name in params: assert torch.equal(torch.cat([drawn[name] for _, drawn in parts]), params[name])
+
+
+def test_order_of_rows_is_free():
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(busy_chain()(waves()[order], seeds=SEEDS[order]), busy_chain()(waves(), seeds=SEEDS)[order])
+
+
+def test_only_the_generator_decides():
+    """R23: global random states neither matter nor move; the same generator gives the same views."""
+    results = []
+    for seed in (0, 1):
+        random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
+        before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+        results.append(torch.cat(two_views(waves(), busy_chain(), torch.Generator().manual_seed(9))))
+        assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
+    assert torch.equal(*results)
+    assert not torch.equal(results[0], torch.cat(two_views(waves(), busy_chain(), torch.Generator().manual_seed(10))))
+
+
+def test_the_generator_moves_on():
+    generator = torch.Generator().manual_seed(9)
+    first, second = (torch.cat(two_views(waves(), busy_chain(), generator)) for _ in range(2))
+    assert not torch.equal(first, second)
+
+
+def test_another_process_draws_the_same():
+    """R23: nothing depends on the process, its hash seed or its number of threads."""
+    code = ("import hashlib, torch; torch.set_num_threads({threads}); from musicssl.augment import clmr_chain, draw_seeds;"
+            "_, params = clmr_chain(100).augment(torch.zeros(64, 200), draw_seeds(64, torch.Generator().manual_seed(5)));"
+            "print(hashlib.sha256(repr([(name, value.tolist()) for name, value in params.items()]).encode()).hexdigest())")
+    def digest(threads, hash_seed):
+        environment = {**os.environ, "PYTHONHASHSEED": str(hash_seed)}
+        return subprocess.run([sys.executable, "-c", code.format(threads=threads)], env=environment, capture_output=True, text=True, check=True).stdout.strip()
+    _, params = clmr_chain(100).augment(torch.zeros(64, 200), draw_seeds(64, torch.Generator().manual_seed(5)))
+    here = hashlib.sha256(repr([(name, value.tolist()) for name, value in params.items()]).encode()).hexdigest()
+    assert digest(1, 1) == digest(2, 2) == here
+
+
+def test_random_streams_are_pinned():
+    """A change of the mapping would change every experiment: it must be a decision, not an accident."""
+    assert fold_in(torch.tensor([0, 1]), "gain").tolist() == [6924202782909236670, 3449002613042226131]
+    assert uniform(torch.tensor([0])).item() == 0xE220A8397B1DCDAF // 2**11 * 2.**-53
+    assert torch.equal(normal(SEEDS, 999), torch.cat([normal(seed[None], 999) for seed in SEEDS]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", PRESERVING)
+def test_shape_dtype_and_device_are_kept(name, dtype, device):
+    wave = waves().to(device, dtype)
+    out, before = PRESERVING[name](wave, seeds=SEEDS), waves().to(device, dtype)
+    assert (out.shape, out.dtype, out.device) == (wave.shape, wave.dtype, wave.device)
+    assert out.isfinite().all() and not torch.equal(out, wave)
+    assert torch.equal(wave, before), "the input was changed in place"
+
+
+@pytest.mark.gpu
+def test_views_on_the_gpu_are_those_of_the_cpu():
+    here, there = (two_views(waves().to(device), busy_chain(), seeds=SEEDS) for device in ("cpu", "cuda"))
+    for a, b in zip(here, there): torch.testing.assert_close(b.cpu(), a, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("preset", CLMR_PRESETS)
+def test_silence_stays_finite(preset):
+    """R7: a batch of silence goes through every preset without a NaN."""
+    for view in two_views(torch.zeros(200, 500), clmr_chain(400, preset), seeds=draw_seeds(200, torch.Generator().manual_seed(0))):
+        assert view.shape == (200, 400) and (view == 0).all()
+
+
+@pytest.mark.parametrize("snr", [0., 10., 40., 60.])
+def test_noise_has_the_drawn_ratio(snr):
+    wave = waves().double() * torch.logspace(-4, 0, 16)[:, None]
+    noisy = Noise(snr_db=(snr, snr))(wave, seeds=SEEDS)
+    torch.testing.assert_close(20 * (wave.norm(dim=1) / (noisy - wave).norm(dim=1)).log10(), torch.full((16,), snr, dtype=torch.float64), atol=.01, rtol=0)
+
+
+def test_noise_differs_between_rows_views_and_steps():
+    wave = waves(rows=1).expand(16, -1)
+    chain = Compose([Noise(), Noise()])
+    first, second = (view - wave for view in two_views(wave, chain, seeds=SEEDS))
+    noises = torch.cat([first, second])
+    assert torch.corrcoef(noises)[~torch.eye(32, dtype=torch.bool)].abs().max() < .12
+    _, params = chain.augment(wave, SEEDS)
+    assert not (params["noise.noise_seed"] == params["noise_2.noise_seed"]).any()
+
+
+@pytest.mark.parametrize("preset, expected", {
+    "paper": {"crop": 1., "polarity": .8, "noise": .01, "gain": .3},
+    "code_v1": {"crop": 1., "polarity": .8, "noise": 0., "gain": .3},
+    "code_v2": {"crop": 1., "polarity": .8, "noise": .01, "gain": .3},
+}.items())
+def test_presets(preset, expected):
+    """The table of the paper's text and of two versions of its code; rates within three standard deviations of p."""
+    chain, seeds = clmr_chain(1, preset), draw_seeds(10_000, torch.Generator().manual_seed(2))
+    assert {step.name: step.p for step in chain.transforms} == expected
+    _, params = chain.augment(torch.zeros(10_000, 1), seeds)
+    for name, p in expected.items():
+        rate = params[f"{name}.applied"].double().mean().item()
+        assert abs(rate - p) <= 3 * (p * (1 - p) / 10_000) ** .5, (name, rate)
+    gains = params["gain.gain_db"]
+    low, high = {"paper": (-6, 0)}.get(preset, (-20, -1))
+    assert low <= gains.min() < low + .5 and high - .5 < gains.max() <= high
+    assert (gains == gains.round()).all().item() == (preset == "code_v1")
+    assert 40 <= params["noise.snr_db"].min() and params["noise.snr_db"].max() <= 80
+
+
+def test_every_pair_of_transforms_is_independent():
+    chain = Compose([PolarityInversion(.5), Noise(.5), Gain(.5), Gain(.5)])
+    _, params = chain.augment(torch.zeros(20_000, 1), draw_seeds(20_000, torch.Generator().manual_seed(2)))
+    for a, b in itertools.combinations([value for value in params.values() if value.dtype != torch.int64], 2):
+        assert torch.corrcoef(torch.stack([a.double(), b.double()]))[0, 1].abs() < .03
+
+
+def test_views_are_drawn_in_evaluation_mode_and_transforms_are_not():
+    chain = busy_chain().eval()
+    assert chain(waves()) is not None and torch.equal(chain(waves()), waves())
+    assert chain(waves(), return_params=True)[1] == {}
+    for evaluated, trained in zip(two_views(waves(), chain, seeds=SEEDS), two_views(waves(), busy_chain(), seeds=SEEDS)):
+        assert torch.equal(evaluated, trained)
+
+
+def test_one_view_can_have_its_own_chain():
+    view_i, view_j, params_i, params_j = two_views(waves(), busy_chain(), seeds=SEEDS, chain_j=RandomCrop(2000), return_params=True)
+    assert set(params_j) == {"applied", "start"} and "gain.gain_db" in params_i
+    assert torch.equal(view_j, torch.stack([row[start:start + 2000] for row, start in zip(waves(), params_j["start"])]))
+
+
+def test_a_transform_of_ones_own():
+    class Reverse(Transform):
+        name = "reverse"
+        def transform(self, wave, params): return wave.flip(1)
+    out, params = Compose([Reverse(p=.5)])(waves(), seeds=SEEDS, return_params=True)
+    applied = params["reverse.applied"]
+    assert applied.any() and not applied.all()
+    assert torch.equal(out[applied], waves()[applied].flip(1)) and torch.equal(out[~applied], waves()[~applied])
+
+
+def test_gradients_flow():
+    wave = waves(300, rows=4).requires_grad_()
+    Compose([RandomCrop(200), PolarityInversion(.5), Gain(.5)])(wave, seeds=SEEDS[:4]).sum().backward()
+    assert ((wave.grad != 0).sum(dim=1) == 200).all()
+
+
+def test_an_empty_batch_is_cropped_too():
+    assert clmr_chain(400)(torch.zeros(0, 500), torch.Generator()).shape == (0, 400)
+
+
+@pytest.mark.parametrize("call, match", [
+    (lambda: Gain()(waves()), "neither a generator nor seeds"),
+    (lambda: Gain()(waves()[0], seeds=SEEDS), "wanted a floating-point wave"),
+    (lambda: Gain()(waves().int(), seeds=SEEDS), "wanted a floating-point wave"),
+    (lambda: Gain()(waves(), seeds=SEEDS[:3]), "one per row"),
+    (lambda: Gain()(waves(), seeds=SEEDS.double()), "wanted torch.int64"),
+    (lambda: Gain(p=-.1), "wanted a probability"),
+    (lambda: Noise(snr_db=(80., 40.)), "wanted low <= high"),
+    (lambda: Noise(even_in="power"), "wanted 'dB' or 'amplitude'"),
+    (lambda: clmr_chain(preset="v3"), "wanted one of paper, code_v1, code_v2"),
+    (lambda: two_views(waves(100), clmr_chain(101), seeds=SEEDS), "got 100 samples, wanted at least 101"),
+])
+def test_refusals(call, match):
+    with pytest.raises(ValueError, match=match): call()
