@@ -10,7 +10,7 @@ import math
 
 from torch import Tensor, nn
 
-from .base import Embedding, check_wave
+from .base import Embedding, Presets, check_wave
 
 # %% ../../nbs/30_samplecnn.ipynb #83d1cf39
 def _block(inputs: int, outputs: int, kernel: int, stride: int = 1, padding: int = 1, pool: int = 1) -> nn.Sequential:
@@ -21,18 +21,7 @@ def _block(inputs: int, outputs: int, kernel: int, stride: int = 1, padding: int
 
 # %% ../../nbs/30_samplecnn.ipynb #c86d52c1
 _channels = 128, 128, 128, 256, 256, 256, 256, 256, 256, 512, 512
-
-_presets = {
-    "paper": {},
-    "paper-quarter": dict(width=1/4),
-    "16k": dict(strides=(3, 3, 3, 3, 3, 3, 5, 2, 2), sample_rate=16000),
-    "16k-quarter": dict(strides=(3, 3, 3, 3, 3, 3, 5, 2, 2), sample_rate=16000, width=1/4),
-    "8k": dict(strides=(3, 3, 3, 2, 2, 4, 4, 2, 2), sample_rate=8000),
-    "8k-half": dict(strides=(3, 3, 3, 2, 2, 4, 4, 2, 2), sample_rate=8000, width=1/2),
-    "8k-quarter": dict(strides=(3, 3, 3, 2, 2, 4, 4, 2, 2), sample_rate=8000, width=1/4),
-    "8k-eighth": dict(strides=(3, 3, 3, 2, 2, 4, 4, 2, 2), sample_rate=8000, width=1/8),
-    "toy": dict(strides=(2,) * 9, sample_rate=8000, width=1/8),
-}
+_at_16k, _at_8k = (3, 3, 3, 3, 3, 3, 5, 2, 2), (3, 3, 3, 2, 2, 4, 4, 2, 2)
 
 def _check(strides: tuple, width: float, init: str) -> None:
     if len(strides) != 9 or min(strides) < 2:
@@ -43,11 +32,23 @@ def _check(strides: tuple, width: float, init: str) -> None:
         raise ValueError(f"got init {init!r}, wanted 'kaiming' or 'default'")
 
 # %% ../../nbs/30_samplecnn.ipynb #ada190de
-class SampleCNN(nn.Module):
+class SampleCNN(nn.Module, Presets):
     """Eleven convolution blocks from samples to one vector per segment.
 
     Source: CLMR, *SampleCNN encoder*, after Lee et al. 2017 (the 3⁹ model with 59,049 samples). Raises: `ValueError` for settings that make no network.
     """
+    _presets = {
+        "paper": {},
+        "paper-quarter": dict(width=1/4),
+        "16k": dict(strides=_at_16k, sample_rate=16000),
+        "16k-quarter": dict(strides=_at_16k, sample_rate=16000, width=1/4),
+        "8k": dict(strides=_at_8k, sample_rate=8000),
+        "8k-half": dict(strides=_at_8k, sample_rate=8000, width=1/2),
+        "8k-quarter": dict(strides=_at_8k, sample_rate=8000, width=1/4),
+        "8k-eighth": dict(strides=_at_8k, sample_rate=8000, width=1/8),
+        "toy": dict(strides=(2,) * 9, sample_rate=8000, width=1/8),
+    }
+
     def __init__(
         self,
         strides: tuple[int, ...] = (3,) * 9, # pooling, and filter length, of blocks 2 to 10
@@ -64,21 +65,6 @@ class SampleCNN(nn.Module):
         self.blocks = nn.Sequential(_block(1, channels[0], kernel=3, stride=3, padding=0), *middle, _block(channels[9], channels[10], kernel=3))
         if init == "kaiming":
             for block in self.blocks: nn.init.kaiming_uniform_(block[0].weight, nonlinearity="relu")
-
-    @classmethod
-    def presets(cls) -> dict[str, dict]: # arguments by name
-        "All named sizes: the paper's, its other sample rates, and thin ones for small machines."
-        return {name: dict(settings) for name, settings in _presets.items()}
-
-    @classmethod
-    def preset(
-        cls,
-        name: str, # one of `presets()`
-        **changes, # arguments that replace the preset's
-    ) -> "SampleCNN":
-        """A network of a named size. Raises: `ValueError` for an unknown name."""
-        if name not in _presets: raise ValueError(f"SampleCNN has no preset {name!r}; it has {', '.join(_presets)}")
-        return cls(**{**_presets[name], **changes})
 
     def forward(
         self,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..audio import Batch
 from ..augment import Transform, clmr_chain, two_views
-from ..encoders.base import Encoder
+from ..encoders.base import Encoder, Presets
 from ..encoders.samplecnn import SampleCNN
 
 # %% ../../nbs/40_clmr.ipynb #12a70bde
@@ -66,21 +66,22 @@ class ProjectionHead(nn.Sequential):
         super().__init__(nn.Linear(dim, hidden, bias=False), nn.ReLU(), nn.Linear(hidden, out, bias=False))
 
 # %% ../../nbs/40_clmr.ipynb #ca38b8d8
-_presets = {
-    "paper": dict(encoder="paper", init="kaiming", chain="paper", projection_dim=64, temperature=.5),
-    "code_v1": dict(encoder="paper", init="kaiming", chain="code_v1", projection_dim=128, temperature=.5),
-    "code_v2": dict(encoder="paper", init="default", chain="code_v2", projection_dim=64, temperature=.5),
-    **{name: dict(encoder=name, init="kaiming", chain="paper", projection_dim=64, temperature=.5)
-       for name in SampleCNN.presets() if name != "paper"},
+_paper = {"encoder": "paper", "init": "kaiming", "chain": "paper", "projection_dim": 64, "temperature": .5}
+_settings = {
+    "paper": _paper,
+    "code_v1": {**_paper, "chain": "code_v1", "projection_dim": 128},
+    "code_v2": {**_paper, "chain": "code_v2", "init": "default"},
+    **{size: {**_paper, "encoder": size} for size in SampleCNN.presets() if size != "paper"},
 }
 
-# %% ../../nbs/40_clmr.ipynb #9c8c8ac1
-class CLMR(nn.Module):
+# %% ../../nbs/40_clmr.ipynb #ef7cc38b
+class CLMR(nn.Module, Presets):
     """Contrastive learning of musical representations: two views of every song must find each other.
 
     Source: CLMR (framework and loss). Raises: `ValueError` for a batch without waveforms or without a generator.
     """
     needs = {"wave"}
+    _presets = _settings
 
     def __init__(
         self,
@@ -96,23 +97,10 @@ class CLMR(nn.Module):
         self.head = ProjectionHead(encoder.dim, encoder.dim, projection_dim)
 
     @classmethod
-    def presets(cls) -> dict[str, dict]: # names of encoder, initialisation and chain, and the objective's numbers
-        "All named settings: the paper's, both official codes', and one for every size of SampleCNN."
-        return {name: dict(settings) for name, settings in _presets.items()}
-
-    @classmethod
-    def preset(
-        cls,
-        name: str, # one of `presets()`
-        **changes, # arguments that replace the preset's
-    ) -> "CLMR":
-        """A network with its objective, of a named size. Raises: `ValueError` for an unknown name."""
-        if name not in _presets: raise ValueError(f"CLMR has no preset {name!r}; it has {', '.join(_presets)}")
-        settings = {**_presets[name], **changes}
-        size, init, chain = settings.pop("encoder"), settings.pop("init"), settings.pop("chain")
-        encoder = SampleCNN.preset(size, init=init) if isinstance(size, str) else size
+    def _build(cls, encoder: str | nn.Module, init: str, chain: str | Transform, **numbers) -> "CLMR":
+        if isinstance(encoder, str): encoder = SampleCNN.preset(encoder, init=init)
         if isinstance(chain, str): chain = clmr_chain(encoder.n_samples, preset=chain)
-        return cls(encoder, chain, **settings)
+        return cls(encoder, chain, **numbers)
 
     def project(
         self,
