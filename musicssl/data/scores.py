@@ -418,8 +418,6 @@ def read_abc(
                   voices="one" if len(played) == 1 else "many", credit="; ".join(header.get("Z", [])) or None)
 
 # %% ../../nbs/10_scores.ipynb #c778f135
-_STOPS, _STARTS = "stop", "start"
-
 @dataclass
 class _Part:
     "What a reader of one MusicXML part keeps in mind."
@@ -452,13 +450,14 @@ def _read_pitched(part: _Part, element: ElementTree.Element, onset: Fraction, du
     if step is None: return
     alter = round(float(element.findtext("pitch/alter") or 0))
     pitch = 12 * (int(octave) + 1) + _STEPS[step] + alter + part.transpose
-    ties = {tie.get("type") for tie in element.findall("tie")}
-    index = part.held.pop(pitch, None) if _STOPS in ties else None
-    if index is None:
+    ties = {tie.get("type") for tie in element.findall("tie") + element.findall("notations/tied")}
+    index = part.held.pop(pitch, len(part.notes))
+    first = part.notes[index] if index < len(part.notes) else None
+    if first and first.onset + first.duration == onset: part.notes[index] = first._replace(duration=onset + duration - first.onset)
+    else:
         index = len(part.notes)
         part.notes.append(_Note(onset, duration, pitch, part.index))
-    else: part.notes[index] = part.notes[index]._replace(duration=onset + duration - part.notes[index].onset)
-    if _STARTS in ties: part.held[pitch] = index
+    if "start" in ties: part.held[pitch] = index
 
 def _read_measure(part: _Part, measure: ElementTree.Element, start: Fraction) -> Fraction: # how far it reaches, quarters
     at = latest = reach = start
@@ -488,8 +487,11 @@ def _read_parts(root: ElementTree.Element) -> tuple[list[_Part], _Grid]:
     starts, full, at = [], [], Fraction(0)
     for row in itertools.zip_longest(*measures):
         starts.append(at)
-        at = max(_read_measure(part, measure, starts[-1]) for part, measure in zip(parts, row) if measure is not None)
+        reached = [(measure.find("note/pitch") is not None, _read_measure(part, measure, at) - at)
+                   for part, measure in zip(parts, row) if measure is not None]
         full.append(_quarters(parts[0].metre))
+        lengths = [length for sounds, length in reached if sounds] or [length for _, length in reached]
+        at += full[-1] if full[-1] in lengths else max(lengths)
     lengths = [later - start for start, later in zip(starts, starts[1:] + [at])]
     return parts, _Grid(starts, find_downbeats(lengths, full), at)
 
