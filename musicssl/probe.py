@@ -8,7 +8,6 @@ __all__ = ['n_segments', 'extract', 'pool_segments', 'Probe', 'fit_probe', 'rank
 
 # %% ../nbs/60_probe.ipynb #91b67965
 import math
-import warnings
 from dataclasses import dataclass, field
 from typing import Callable, Sequence
 
@@ -17,6 +16,8 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
+
+from .encoders.base import Encoder, check_sample_rate
 
 # %% ../nbs/60_probe.ipynb #d97b8e67
 def n_segments(
@@ -39,17 +40,16 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().cpu().clone().reshape(-1).view(torch.uint8) for name, value in named.items()}
 
 
-def _check_rate(encoder: nn.Module, corpus: object, sample_rate: int | None) -> None:
+def _check_rate(encoder: Encoder, corpus: object, sample_rate: int | None) -> None:
     given = sample_rate or getattr(getattr(corpus, "__self__", corpus), "sample_rate", None)
     if given is None:
         raise ValueError("the sample rate of the audio is not known: pass sample_rate")
-    if given != encoder.sample_rate:
-        raise ValueError(f"got audio at {given} Hz, the encoder expects {encoder.sample_rate} Hz")
+    check_sample_rate(encoder, given)
 
 # %% ../nbs/60_probe.ipynb #e3f39cd7
 @torch.no_grad()
 def extract(
-    encoder: nn.Module, # has sample_rate, and gives an object with .clip (B, D)
+    encoder: nn.Module, # an `Encoder`: has sample_rate, gives an `Embedding`
     corpus: Callable[[np.ndarray], Tensor] | object, # ids -> (B, T) float, or an object with .wave(ids) and .sample_rate
     ids: Sequence[int], # clips to read, in the order of the rows wanted
     n_samples: int | None = None, # samples per segment; the encoder's own by default, else the whole clip
@@ -149,7 +149,7 @@ def _epoch(probe: Probe, x: Tensor, y: Tensor, optimiser: torch.optim.Optimizer,
         total += loss.item() * len(rows)
     return total / len(x)
 
-# %% ../nbs/60_probe.ipynb #d85a5bfa
+# %% ../nbs/60_probe.ipynb #bc98f38c
 def fit_probe(
     features: np.ndarray | Tensor, # (n, S, D) of the training clips
     labels: np.ndarray, # (n, C) 0 or 1
@@ -162,6 +162,7 @@ def fit_probe(
     patience: int = 10, # epochs without a better validation loss before it stops
     batch: int = 256, # segments per step; 48 in the paper's code
     standardise: bool = True, # with mean and deviation of the training segments
+    start: str = "zero", # last layer at "zero", or PyTorch's "default" as in the paper's code
 ) -> Probe: # the epoch with the lowest validation loss; .history holds the losses
     """Fit a probe on frozen features. Source: CLMR code v2. Raises `ValueError` when shapes disagree or features are not finite."""
     (x, y), (x_valid, y_valid) = _rows(features, labels), _rows(*valid)
@@ -169,6 +170,9 @@ def fit_probe(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         probe = Probe(x.shape[1], y.shape[1], kind)
+    if start == "zero":
+        nn.init.zeros_(probe.net[-1].weight)
+        nn.init.zeros_(probe.net[-1].bias)
     if standardise:
         probe.mean, probe.std = x.mean(0), x.std(0, unbiased=False)
         probe.std[probe.std < 1e-8] = 1.
