@@ -159,9 +159,10 @@ def select(
 
 # %% ../nbs/52_records.ipynb #1576f5c2
 class RunsFailed(RuntimeError):
-    "Some runs of a grid failed; `.failures` maps their keys to what happened. The others are done."
-    def __init__(self, failures: dict[str, str], total: int):
-        super().__init__("\n".join([f"{len(failures)} of {total} runs failed:", *failures.values()]))
+    "Some runs of a grid failed; `.failures` maps their keys to config, why and log. The others are done."
+    def __init__(self, failures: dict[str, dict], total: int):
+        lines = [f"{key} {json.dumps(what['config'])}: {what['why']}; log: {what['log']}" for key, what in failures.items()]
+        super().__init__("\n".join([f"{len(failures)} of {total} runs failed:", *lines]))
         self.failures = failures
 
 def name_of(
@@ -204,11 +205,11 @@ def _start(name: str, config: dict, folder: Path, scratch: Path, threads: int) -
         return subprocess.Popen([sys.executable, "-c", _CHILD, name, json.dumps(config), str(folder), str(scratch), str(threads)],
                                 stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=env)
 
-def _reason(config: dict, scratch: Path, code: int) -> str:
+def _failure(config: dict, scratch: Path, code: int) -> dict:
     path = scratch / files.fingerprint(config) / "run.log"
     lines = path.read_text(encoding="utf8", errors="replace").strip().splitlines()
     why = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
-    return f"{path.parent.name} {json.dumps(config)}: {why}; {lines[-1] if lines else 'it printed nothing'}; log: {path}"
+    return {"config": config, "why": f"{why}; {lines[-1] if lines else 'it printed nothing'}", "log": str(path)}
 
 # %% ../nbs/52_records.ipynb #9d928f04
 def fill(
@@ -250,17 +251,17 @@ def _busy(folder: Path, key: str) -> bool:
         with files.lock(_lock(folder, key)): return False
     except files.Locked: return True
 
-def _in_turn(waiting: dict, work: Work, folder: Path, scratch: Path, bar: tqdm) -> dict[str, str]:
+def _in_turn(waiting: dict, work: Work, folder: Path, scratch: Path, bar: tqdm) -> dict[str, dict]:
     failures = {}
     for key, config in waiting.items():
         try: run(config, work, folder, scratch, wait=-1)
         except Exception:
             (scratch / key / "run.log").write_text(traceback.format_exc(), encoding="utf8")
-            failures[key] = _reason(config, scratch, 1)
+            failures[key] = _failure(config, scratch, 1)
         bar.update()
     return failures
 
-def _schedule(waiting: dict, name: str, folder: Path, scratch: Path, workers: int, threads: int, bar: tqdm) -> dict[str, str]:
+def _schedule(waiting: dict, name: str, folder: Path, scratch: Path, workers: int, threads: int, bar: tqdm) -> dict[str, dict]:
     waiting, running, failures = dict(waiting), {}, {}
     try:
         while waiting or running:
@@ -268,7 +269,7 @@ def _schedule(waiting: dict, name: str, folder: Path, scratch: Path, workers: in
                 if (code := process.poll()) is None: continue
                 del running[key]
                 if code == _BUSY: waiting[key] = config; continue
-                if code: failures[key] = _reason(config, scratch, code); bar.write(failures[key], file=sys.stderr)
+                if code: failures[key] = _failure(config, scratch, code); bar.write(f"{key} failed: {failures[key]['why']}", file=sys.stderr)
                 bar.update()
             for key, config in list(waiting.items()):
                 if len(running) >= workers: break
