@@ -9,9 +9,9 @@ __all__ = ['SOUNDFONT_SHA256', 'GENERATORS', 'NOTE_FIELDS', 'PROGRAMS_OUT_OF_TUN
 
 # %% ../../nbs/11_sampler.ipynb #9fcc9134
 import importlib.util
-from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -223,7 +223,6 @@ def lowpass(
     b = np.array([(1 - c) / 2, 1 - c, (1 - c) / 2])
     return lfilter(b / (1 + alpha), [1, -2 * c / (1 + alpha), (1 - alpha) / (1 + alpha)], wave).astype(np.float32)
 
-# %% ../../nbs/11_sampler.ipynb #101a1b82
 def darkening(
     wave: np.ndarray, # (n,) float32, from the stroke on
     zone: Zone, # bright, cutoff, darken, resonance
@@ -268,10 +267,20 @@ def notes_array(
         raise ValueError(f"note {i} cannot be played: {row}; wanted finite numbers, onset from 0, duration above 0, pitch 0-127, velocity 1-127")
     return rows
 
-# %% ../../nbs/11_sampler.ipynb #2d6e9b1a
+# %% ../../nbs/11_sampler.ipynb #f055e4e5
+def _released(wave: np.ndarray, held: int, tail: int) -> np.ndarray: # (up to held + tail,): the key is let go after `held` samples
+    fade = np.exp(np.linspace(0, -np.log(1000), tail, dtype=np.float32))
+    rest = wave[held:held + tail]
+    return np.concatenate([wave[:held], rest * fade[:len(rest)]])
+
+def _mono(pan: float) -> float: # share of a note in the mean of both channels
+    side = (min(max(pan, -1), 1) + 1) * np.pi / 4
+    return (np.cos(side) + np.sin(side)) / 2
+
+# %% ../../nbs/11_sampler.ipynb #627ec491
 class Sampler:
     """Renders notes to a waveform with the sounds of a SoundFont; the same notes give the same samples."""
-    drum_seconds, longest_tail, block, cache_bytes = 1., .4, 2048, 64 << 20
+    drum_seconds, longest_tail, block = 1., .4, 8192
 
     def __init__(self,
         path: str | Path | None = None, # an `.sf2` file; None: the one inside pretty_midi
@@ -279,7 +288,7 @@ class Sampler:
         oversample: int = 2, # the mix is made at this many times the rate, then brought down
     ):
         self.font, self.sample_rate, self.oversample = SoundFont(path), sample_rate, oversample
-        self._tones, self._bytes = OrderedDict(), 0 # what was played last, up to `cache_bytes`
+        self._tone = lru_cache(512)(self.tone)
 
     def tone(self,
         zone: Zone, # what to play
@@ -304,31 +313,11 @@ class Sampler:
             if first >= len(mix): continue
             held = max(round((max(duration, self.drum_seconds) if bank == 128 else duration) * rate), 64)
             for zone in self.font.zones(int(bank), int(program), int(pitch), int(velocity)):
-                wave = _released(self._remembered(zone, int(pitch), held + (tail := self._tail(zone)), cents), held, tail)[:len(mix) - first]
+                tail = round(min(.6 * zone.release, self.longest_tail) * rate) + 64
+                wave = self._tone(zone, int(pitch), -(-(held + tail) // self.block) * self.block, cents)
+                wave = _released(wave, held, tail)[:len(mix) - first]
                 mix[first:first + len(wave)] += np.float32(gain * (velocity / 127) ** 2 * _mono(pan + zone.pan)) * wave
         return mix if self.oversample == 1 else soxr.resample(mix, rate, self.sample_rate)[:n_samples]
-
-    def _tail(self, zone: Zone) -> int: return round(min(.6 * zone.release, self.longest_tail) * self.sample_rate * self.oversample) + 64
-
-    def _remembered(self, zone: Zone, key: int, n: int, cents: float) -> np.ndarray:
-        name = zone, key, cents
-        made, wave = self._tones.pop(name, (0, np.empty(0, np.float32)))
-        self._bytes -= wave.nbytes
-        if made < n:
-            made = -(-n // self.block) * self.block
-            wave = self.tone(zone, key, made, cents)
-        self._tones[name], self._bytes = (made, wave), self._bytes + wave.nbytes
-        while self._bytes > self.cache_bytes and len(self._tones) > 1: self._bytes -= self._tones.popitem(last=False)[1][1].nbytes
-        return wave[:n]
-
-# %% ../../nbs/11_sampler.ipynb #fe6390c0
-def _released(wave: np.ndarray, held: int, tail: int) -> np.ndarray: # the key is let go after `held` samples and fades by 60 dB
-    fade = np.exp(np.linspace(0, -np.log(1000), tail, dtype=np.float32))
-    return np.concatenate([wave[:held], wave[held:] * fade[:max(len(wave) - held, 0)]])
-
-def _mono(pan: float) -> float: # what a listener gets in the mean of both channels, at constant power
-    side = (min(max(pan, -1), 1) + 1) * np.pi / 4
-    return (np.cos(side) + np.sin(side)) / 2
 
 # %% ../../nbs/11_sampler.ipynb #497e8d72
 def pitch_of(
