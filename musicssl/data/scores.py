@@ -9,6 +9,7 @@ __all__ = ['TICKS', 'COLLECTIONS', 'TUNE_BOOKS', 'READER', 'Score', 'abc_tokens'
            'split_of', 'CorruptTable', 'ScoreTable', 'build_table', 'open_table', 'load_table']
 
 # %% ../../nbs/10_scores.ipynb #3c3b7945
+import functools
 import hashlib
 import importlib.util
 import io
@@ -131,6 +132,7 @@ def read_metre(
     match = re.match(r"\(?([\d+]+)\)?\s*/\s*(\d+)", text)
     return (sum(int(part) for part in match[1].split("+") if part), int(match[2])) if match else None
 
+@functools.lru_cache(maxsize=1024)
 def read_length(
     text: str, # e.g. "", "2", "/", "3/2"
 ) -> Fraction: # multiple of the unit length
@@ -184,9 +186,9 @@ def _pitch(voice: _Voice, name: str) -> int:
     return 60 + _STEPS[upper] + alter + 12 * (letter.islower() + octaves.count("'") - octaves.count(","))
 
 def _add(voice: _Voice, length: Fraction, names: Sequence[str]) -> None:
-    left, factor = voice.tuplet
-    duration = length * voice.unit * voice.broken * (factor if left else 1)
-    voice.tuplet, voice.broken = (max(0, left - 1), factor), Fraction(1)
+    duration, (left, factor) = length * voice.unit, voice.tuplet
+    if left: duration, voice.tuplet = duration * factor, (left - 1, factor)
+    if voice.broken != 1: duration, voice.broken = duration * voice.broken, Fraction(1)
     pitches = tuple(_pitch(voice, name) for name in names)
     voice.bar.events.append(Event(duration, pitches))
     voice.names, voice.held = tuple(name.lstrip("^_=") for name in names), {}
@@ -254,23 +256,30 @@ def _skip_to(bars: Sequence[Bar], at: int, turn: int) -> int:
         if 1 in bars[later].endings or bars[later].opens: break
     return next((later + 1 for later in range(at, len(bars)) if bars[later].closes), len(bars))
 
+def _passes(bars: Sequence[Bar], start: int) -> int:
+    numbers = {2}
+    for bar in bars[start:]:
+        if len(numbers) > 1 and (bar.opens or 1 in bar.endings): break
+        numbers |= bar.endings
+    return max(numbers)
+
 def expand_repeats(
     bars: Sequence[Bar], # as written
 ) -> list[int]: # indices of the bars in the order they are played
     "The order in which a player goes through written bars. Source: ABC standard 2.1, sections 4.8 and 4.9."
-    order, at, start, turn, explicit = [], 0, 0, 1, False
+    order, at, start, turn, explicit, inside = [], 0, 0, 1, False, False
     while at < len(bars):
-        bar = bars[at]
-        if bar.opens and at != start: start, turn, explicit = at, 1, True
-        elif bar.section and not explicit and at != start: start, turn = at, 1
-        explicit |= bar.opens
+        bar, following = bars[at], bars[at + 1].endings if at + 1 < len(bars) else frozenset()
+        if bar.opens and at != start: start, turn, explicit, inside = at, 1, True, False
+        elif bar.section and not explicit and at != start: start, turn, inside = at, 1, False
+        explicit, inside = explicit or bar.opens, inside or bool(bar.endings)
         if bar.endings and turn not in bar.endings:
             at = _skip_to(bars, at, turn)
             continue
         order.append(at)
-        another = at + 1 < len(bars) and turn + 1 in bars[at + 1].endings
-        if another or bar.closes and turn == 1: at, turn = start, turn + 1
-        elif bar.closes: at, start, turn, explicit = at + 1, at + 1, 1, False
+        closes = bar.closes or inside and turn + 1 in following
+        if closes and turn < _passes(bars, start): at, turn, inside = start, turn + 1, False
+        elif bar.closes: at, start, turn, explicit, inside = at + 1, at + 1, 1, False, False
         else: at += 1
     return order
 
@@ -352,7 +361,8 @@ def _play(bars: Sequence[Bar], part: int) -> tuple[list[_Note], _Grid]:
 
 # %% ../../nbs/10_scores.ipynb #04713939
 def _ticks(quarters: Iterable[Fraction]) -> np.ndarray:
-    return np.array([(2 * TICKS * q.numerator + q.denominator) // (2 * q.denominator) for q in quarters], np.int32)
+    ratios = np.array([q.as_integer_ratio() for q in quarters], np.int64).reshape(-1, 2)
+    return ((2 * TICKS * ratios[:, 0] + ratios[:, 1]) // (2 * ratios[:, 1])).astype(np.int32) # nearest
 
 def _score(notes: list[_Note], grid: _Grid, tonic: int | None, mode: str | None, **facts) -> Score:
     onset, release = _ticks(n.onset for n in notes), _ticks(n.onset + n.duration for n in notes)
@@ -430,7 +440,10 @@ class _Part:
     held: dict[int, int] = field(default_factory=dict) # pitch -> index of a tied note
 
     def length(self, element: ElementTree.Element) -> Fraction: # quarters
-        return Fraction(element.findtext("duration") or "0") / self.divisions
+        return _quotient(element.findtext("duration") or "0", self.divisions)
+
+@functools.lru_cache(maxsize=4096)
+def _quotient(duration: str, divisions: Fraction) -> Fraction: return Fraction(duration) / divisions
 
 def _read_attributes(part: _Part, element: ElementTree.Element) -> None:
     if divisions := element.findtext("divisions"): part.divisions = Fraction(divisions)
@@ -512,11 +525,11 @@ def read_musicxml(
     notes = [note for part in parts for note in part.notes]
     if not notes: raise ValueError(f"{score_id or 'MusicXML'}: got no notes")
     title = root.findtext("work/work-title") or root.findtext("movement-title") or score_id.rpartition("/")[2]
-    composer = next((c.text for c in root.iter("creator") if c.get("type") == "composer" and c.text), None)
+    composers = [" ".join(c.text.split()) for c in root.iter("creator") if c.get("type") == "composer" and c.text]
     credit = [e.text for tag in ("encoder", "rights", "software") for e in root.iter(tag) if e.text]
     names = tuple(" ".join((p.findtext("part-name") or "").split()) for p in root.findall("part-list/score-part"))
     return _score(notes, grid, parts[0].key.tonic, parts[0].key.mode, score_id=score_id, collection=collection,
-                  title=" ".join(title.split()), composer=composer and " ".join(composer.split()), metre=_first_metre(root),
+                  title=re.sub(r"\.(mxl|xml)$", "", " ".join(title.split())), composer=next(iter(composers), None), metre=_first_metre(root),
                   tune_type=None, rhythm=None, parts=names, voices="one" if _is_one_voice(notes) else "many",
                   credit="; ".join(credit) or None)
 
@@ -525,11 +538,14 @@ def _first_metre(root: ElementTree.Element) -> tuple[int, int] | None:
     return read_metre(f"{beats.replace(' ', '')}/{unit}") if beats and unit else None
 
 # %% ../../nbs/10_scores.ipynb #e76b4403
+_COMPOSERS = dict(bach="Johann Sebastian Bach", beach="Amy Beach", beethoven="Ludwig van Beethoven", corelli="Arcangelo Corelli",
+                  cpebach="Carl Philipp Emanuel Bach", handel="George Frideric Handel", haydn="Joseph Haydn", joplin="Scott Joplin",
+                  monteverdi="Claudio Monteverdi", mozart="Wolfgang Amadeus Mozart", schubert="Franz Schubert", verdi="Giuseppe Verdi",
+                  schumann_clara="Clara Schumann", schumann_robert="Robert Schumann", weber="Carl Maria von Weber")
 _FOLDERS = dict(
     oneill=("oneills1850/*.abc",), aird=("airdsAirs/*.abc",), ryan=("ryansMammoth/*.abc",), bach=("bach/**/*",),
     trecento=("trecento/**/*",), monteverdi=("monteverdi/**/*",),
-    others=tuple(f"{name}/**/*" for name in ("beach", "beethoven", "corelli", "cpebach", "handel", "haydn", "joplin", "mozart",
-                                             "schubert", "schumann_clara", "schumann_robert", "verdi", "weber")))
+    others=tuple(f"{name}/**/*" for name in _COMPOSERS if name not in ("bach", "monteverdi")))
 COLLECTIONS = tuple(_FOLDERS)
 TUNE_BOOKS = ("oneill", "aird", "ryan")
 
@@ -675,15 +691,16 @@ _FEWEST = 16 # notes
 
 def _read_file(collection: str, name: str) -> tuple[list[Score], list[list[str]]]:
     path, scores, unreadable = corpus_root() / name, [], []
-    stem = Path(name).with_suffix("").as_posix() if collection == "others" else Path(name.partition("/")[2]).with_suffix("").as_posix()
-    pieces = [(f"{collection}/{stem}", None)]
+    stem = name if path.suffix == ".mxl" and path.with_suffix(".xml").exists() else name.removesuffix(path.suffix) # twins keep their ending
+    stem = f"{collection}/{stem if collection == 'others' else stem.partition('/')[2]}"
+    pieces = [(stem, None)]
     if path.suffix == ".abc":
-        pieces = [(f"{collection}/{stem}/{tune[2:].split()[0]}", tune) for tune in abc_tunes(path.read_text(encoding="utf8"))]
+        pieces = [(f"{stem}/{tune[2:].split()[0]}", tune) for tune in abc_tunes(path.read_text(encoding="utf8"))]
     for score_id, tune in pieces:
         try:
             score = read_abc(tune, score_id, collection) if tune else read_musicxml(path.read_bytes(), score_id, collection)
             if len(score) < _FEWEST: raise ValueError(f"got {len(score)} notes, wanted {_FEWEST}")
-            scores.append(score)
+            scores.append(replace(score, composer=_COMPOSERS.get(name.partition("/")[0], score.composer)))
         except (ValueError, KeyError, ElementTree.ParseError) as error: unreadable.append([score_id, f"{type(error).__name__}: {error}"])
     return scores, unreadable
 
@@ -699,7 +716,7 @@ def _read_jobs(jobs: Sequence[Sequence[tuple[str, str]]], workers: int, bar: tqd
     if workers > 1:
         try:
             with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-                futures = {pool.submit(_read_job, job): index for index, job in enumerate(jobs)}
+                futures = {pool.submit(_read_job, jobs[index]): index for index in reversed(range(len(jobs)))} # quartets first
                 for future in as_completed(futures): done(futures[future], future.result())
         except BrokenProcessPool:
             warnings.warn("worker processes could not start (a script needs `if __name__ == '__main__':`); reading in this one")
@@ -711,7 +728,7 @@ def _workers() -> int:
     return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 # %% ../../nbs/10_scores.ipynb #ac60ec19
-READER = 1 # version of the readers; part of the table's name
+READER = 3 # version of the readers; part of the table's name
 
 def _source_hash(found: Sequence[tuple[str, str]]) -> str:
     root = corpus_root()
@@ -724,12 +741,12 @@ def build_table(
 ) -> ScoreTable: # all their scores, grouped
     "Read all scores and group them by composition. Raises: `ModuleNotFoundError` without music21, `ValueError` for unknown collections."
     found = sources(collections)
-    jobs = [found[start:start + 16] for start in range(0, len(found), 16)]
+    jobs = [found[start:start + 8] for start in range(0, len(found), 8)]
     with tqdm(total=len(found), desc="reading scores", unit="file", disable=not progress) as bar:
         results = _read_jobs(jobs, _workers() if workers is None else workers, bar)
     scores = [score for read, _ in results for score in read]
     scores = [replace(score, group=group) for score, group in zip(scores, group_scores(scores))]
-    facts = dict(reader=READER, source=_source_hash(found), collections=list(collections),
+    facts = dict(reader=READER, source=_source_hash(found), collections=[name for name in COLLECTIONS if name in collections],
                  unreadable=[problem for _, problems in results for problem in problems])
     return ScoreTable(_pack(scores, facts))
 
@@ -746,6 +763,14 @@ def open_table(
     if _digest(arrays) != expected: raise CorruptTable(f"{path}: checksum is {_digest(arrays)[:12]}, wanted {expected[:12]}")
     return ScoreTable(arrays)
 
+def _kept(folder: Path, collections: Sequence[str]) -> Path: # the name a table has or, without music21, a table that was copied here
+    try: return folder / f"scorebox-{_source_hash(sources(collections))}.npz"
+    except ModuleNotFoundError:
+        for path in sorted(folder.glob("scorebox-*.npz")):
+            facts = open_table(path).facts
+            if facts["reader"] == READER and set(facts["collections"]) == set(collections): return path
+        raise
+
 def load_table(
     cache: str | Path | None = None, # folder to keep it in; None: the project's cache
     collections: Sequence[str] = COLLECTIONS, # which ones
@@ -754,9 +779,9 @@ def load_table(
 ) -> ScoreTable: # from the cache, or built and kept there
     """The scores, read once and kept. A damaged table is built again, with a warning.
 
-    Raises: `ModuleNotFoundError` without music21, `ValueError` for unknown collections.
+    Raises: `ModuleNotFoundError` without music21 and without a kept table, `ValueError` for unknown collections.
     """
-    path = Path(cache or cache_dir()) / f"scorebox-{_source_hash(sources(collections))}.npz"
+    path = _kept(Path(cache or cache_dir()), collections)
     if path.exists():
         try: return open_table(path)
         except CorruptTable as error: warnings.warn(f"{error}; building it again")
