@@ -262,7 +262,7 @@ class Event(NamedTuple):
 
 def chord_events(draws: Draws, slots: Sequence, chords: Sequence, beat: int) -> list[Event]:
     """Close chords around middle C, in one of three manners for the whole clip."""
-    player = hire(draws, draws.choice(CHORDAL), gain=.7, pan=.2)
+    player = hire(draws, draws.choice(CHORDAL), gain=.9, pan=.2)
     manner, events = draws.choice(("held", "repeated", "broken")), []
     for (start, stop), chord in zip(slots, chords):
         pitches = sorted(48 + p for p in triad(*chord))
@@ -275,13 +275,13 @@ def chord_events(draws: Draws, slots: Sequence, chords: Sequence, beat: int) -> 
 
 def bass_events(draws: Draws, slots: Sequence, chords: Sequence) -> list[Event]:
     """The root of every chord, between G1 and F♯2, a little shorter than the chord."""
-    player = hire(draws, "bass", gain=.9)
+    player = hire(draws, "bass", gain=.55)
     return [Event(start, (stop - start) * 9 // 10, 31 + (root - 7) % 12, 80, player) for (start, stop), (root, _) in zip(slots, chords)]
 
 # %% ../../nbs/13_arrange.ipynb #81a6dd34
 def drum_events(grid: Sequence[Beat]) -> list[Event]:
     """Kick on even beats, snare on odd ones, a closed hi-hat on every subdivision."""
-    loud, soft, events = Player("drums", 0, gain=.8), Player("drums", 0, gain=.5, pan=.3), []
+    loud, soft, events = Player("drums", 0, gain=1.2), Player("drums", 0, gain=.9, pan=.3), []
     for tick, in_bar, length in grid:
         events += [Event(tick, 48, 38 if in_bar % 2 else 36, 84, loud), Event(tick, 48, 42, 60, soft)]
         step = length // subdivisions(length)
