@@ -246,8 +246,9 @@ class Quarantine(FaultList):
         "Swallow an `AudioError` of the block and list the file; any other error passes."
         self.seen.add(str(path))
         try: yield
-        except AudioError as error: self.flag(path, type(error).__name__, error.reason)
-        if self.total and self._broken() > self.limit * self.total: self.check()
+        except AudioError as error:
+            self.flag(path, type(error).__name__, error.reason)
+            if self.total and not isinstance(error, TooShortAudio) and self._broken() > self.limit * self.total: self.check()
 
     def _broken(self) -> int: return sum(n for problem, n in self.counts().items() if problem not in _NOT_BROKEN)
 

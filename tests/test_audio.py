@@ -1,0 +1,322 @@
+"""R5-R9: truncated, corrupt, not finite, odd formats, too short. Each fault is injected into a file and must be named, counted or cured."""
+import json
+import os
+import pickle
+import struct
+
+import numpy as np
+import pytest
+import soundfile as sf
+import torch
+
+from musicssl import audio
+from musicssl.audio import (NotFiniteAudio, Quarantine, TooManyBadFiles, TooShortAudio, TruncatedAudio, UnreadableAudio, info,
+                            is_silent, read, read_many, resample, resample_on_device, resampled_length)
+
+RATE, SECONDS = 22050, 4
+
+
+def noise(seconds=SECONDS, rate=RATE, seed=0):
+    return (np.random.default_rng(seed).standard_normal(int(seconds * rate)) * .1).astype(np.float32)
+
+
+def tones(rate, seconds=2):
+    t = np.arange(int(seconds * rate)) / rate
+    swell = np.sin(np.pi * t / seconds) ** 2
+    return (swell * sum(.2 * np.sin(2 * np.pi * f * t + f) for f in (220, 1000, 2900))).astype(np.float32)
+
+
+def decibels(got, wanted):
+    assert len(got) == len(wanted)
+    return 20 * np.log10(np.linalg.norm(np.asarray(got) - np.asarray(wanted)) / np.linalg.norm(wanted) + 1e-12)
+
+
+def cut(path, share=.5):
+    data = path.read_bytes()
+    path.write_bytes(data[:int(len(data) * share)])
+
+
+UNCOMPRESSED = [("a.wav", "WAV", "PCM_16"), ("a.wav", "WAV", "FLOAT"), ("a.wav", "WAVEX", "PCM_24"), ("a.wav", "RF64", "PCM_16"),
+                ("a.w64", "W64", "PCM_16"), ("a.aiff", "AIFF", "PCM_16"), ("a.au", "AU", "PCM_16")]
+
+
+# R5: truncated files
+
+@pytest.mark.parametrize("share", [.999, .5, .1])
+@pytest.mark.parametrize("name, container, subtype", UNCOMPRESSED, ids=[f"{c}-{s}" for _, c, s in UNCOMPRESSED])
+def test_truncated_uncompressed(tmp_path, name, container, subtype, share):
+    path = tmp_path / name
+    sf.write(path, noise(), RATE, format=container, subtype=subtype)
+    assert len(read(path, RATE)) == SECONDS * RATE and info(path).promised == info(path).frames
+    cut(path, share)
+    assert len(sf.read(path)[0]) < SECONDS * RATE, "soundfile is silent about it, which is why we must not be"
+    with pytest.raises(TruncatedAudio, match=name): read(path, RATE)
+    with pytest.raises(TruncatedAudio): read(path, 8000, start=0., seconds=.1)
+
+
+def test_truncated_mp3(tmp_path):
+    path = tmp_path / "a.mp3"
+    sf.write(path, noise(10), RATE)
+    assert len(read(path, RATE)) == 10 * RATE
+    cut(path)
+    assert len(sf.read(path)[0]) < 6 * RATE
+    with pytest.raises(TruncatedAudio, match="promises 10.000 s"): read(path, RATE)
+    with pytest.raises(TruncatedAudio): read(path, RATE, start=8., seconds=1.)
+    assert len(read(path, RATE, start=1., seconds=1.)) == RATE
+
+
+def test_truncated_flac(tmp_path):
+    path = tmp_path / "a.flac"
+    sf.write(path, noise(), RATE)
+    cut(path)
+    with pytest.raises((TruncatedAudio, UnreadableAudio), match="a.flac"): read(path, RATE)
+
+
+def test_a_stream_of_unknown_length_is_whole(tmp_path):
+    path = tmp_path / "stream.wav"
+    sf.write(path, noise(), RATE)
+    data = bytearray(path.read_bytes())
+    data[4:8] = data[40:44] = struct.pack("<I", 2**32 - 1)
+    path.write_bytes(data)
+    assert len(read(path, RATE)) == SECONDS * RATE
+
+
+def test_trailing_tags_are_not_a_truncation(tmp_path):
+    for name in ("a.wav", "a.mp3"):
+        sf.write(tmp_path / name, noise(), RATE)
+        with open(tmp_path / name, "ab") as file: file.write(b"TAG" + bytes(125))
+        assert len(read(tmp_path / name, RATE)) == SECONDS * RATE
+
+
+# R6: corrupt files and files that are no audio
+
+def scratch(path):
+    data = bytearray(path.read_bytes())
+    for i in range(len(data) // 2, len(data) // 2 + 4000): data[i] ^= 0x5A
+    path.write_bytes(data)
+
+
+def test_corrupt(tmp_path):
+    for name in ("a.flac", "a.mp3"):
+        sf.write(tmp_path / name, noise(10), RATE)
+        scratch(tmp_path / name)
+        with pytest.raises((UnreadableAudio, TruncatedAudio), match=name): read(tmp_path / name, RATE)
+
+
+@pytest.mark.parametrize("name", ["a.wav", "a.mp3", "a.flac", "a.raw", "a"])
+@pytest.mark.parametrize("content", [b"", b"not audio", b"RIFF", bytes(5000), b"not audio " * 3000], ids=["empty", "text", "stub", "zeros", "long"])
+def test_not_audio(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UnreadableAudio, match=name): read(tmp_path / name, RATE)
+
+
+def test_missing_and_folder(tmp_path):
+    with pytest.raises(UnreadableAudio, match="no such file"): read(tmp_path / "a.wav", RATE)
+    with pytest.raises(UnreadableAudio): read(tmp_path, RATE)
+
+
+def test_an_empty_file_is_called_empty(tmp_path):
+    (tmp_path / "a.wav").touch()
+    with pytest.raises(UnreadableAudio, match="0 bytes"): info(tmp_path / "a.wav")
+
+
+def folder_with_faults(folder, good, bad):
+    for k in range(good): sf.write(folder / f"good{k:03d}.wav", noise(.1, 8000, k), 8000)
+    for k in range(bad): (folder / f"bad{k:03d}.wav").write_bytes(b"not audio")
+    return sorted(folder.iterdir(), reverse=True)
+
+
+def test_skip_and_count_up_to_the_limit(tmp_path):
+    paths = folder_with_faults(tmp_path, 198, 2)
+    ward = Quarantine()
+    assert len(list(read_many(paths, 8000, quarantine=ward))) == 198
+    assert ward.counts() == {"UnreadableAudio": 2} and list(ward.report().file) == ["bad001.wav", "bad000.wav"]
+
+
+def test_stop_above_the_limit(tmp_path):
+    paths = folder_with_faults(tmp_path, 197, 3)
+    with pytest.raises(TooManyBadFiles, match="3 of 200 files are bad .3 UnreadableAudio.*1.00%.*bad00"):
+        list(read_many(paths, 8000, quarantine=Quarantine()))
+    with pytest.raises(TooManyBadFiles): list(read_many(iter(paths), 8000, quarantine=Quarantine()))
+
+
+def test_stop_at_once_when_the_total_is_known(tmp_path):
+    paths = folder_with_faults(tmp_path, 5, 5)[::-1]
+    ward = Quarantine(limit=.2)
+    with pytest.raises(TooManyBadFiles): list(read_many(paths, 8000, quarantine=ward))
+    assert len(ward.seen) == 3
+
+
+def test_without_a_quarantine_the_first_fault_stops(tmp_path):
+    with pytest.raises(UnreadableAudio): list(read_many(folder_with_faults(tmp_path, 3, 1), 8000))
+
+
+def test_a_second_epoch_counts_nothing_twice(tmp_path):
+    paths = folder_with_faults(tmp_path, 99, 1)
+    ward = Quarantine()
+    for _ in range(3): assert len(list(read_many(paths, 8000, quarantine=ward))) == 99
+    assert len(ward.seen) == 100 and ward.counts() == {"UnreadableAudio": 1}
+
+
+def test_other_errors_pass_the_quarantine():
+    with pytest.raises(ZeroDivisionError), Quarantine(limit=1.).guard("a.wav"): 1 / 0
+
+
+def test_the_list_is_saved_whole(tmp_path):
+    ward = Quarantine(limit=1.)
+    with ward.guard(tmp_path / "a.wav"): read(tmp_path / "a.wav", RATE)
+    ward.save(tmp_path / "report.json")
+    saved = json.loads((tmp_path / "report.json").read_text())
+    assert saved["seen"] == 1 and saved["files"][0]["file"] == "a.wav" and saved["files"][0]["problem"] == "UnreadableAudio"
+    assert os.listdir(tmp_path) == ["report.json"]
+
+
+@pytest.mark.parametrize("kind", [UnreadableAudio, TruncatedAudio, NotFiniteAudio, TooShortAudio])
+def test_errors_cross_process_borders(kind):
+    error = pickle.loads(pickle.dumps(kind("x/a.wav", "is bad")))
+    assert type(error) is kind and error.path.name == "a.wav" and str(error) == "x/a.wav: is bad" and isinstance(error, ValueError)
+
+
+# R7: NaN, infinity, silence
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("where", [0, 5, -1])
+def test_not_finite(tmp_path, value, where):
+    wave = noise()
+    wave[where] = value
+    sf.write(tmp_path / "a.wav", np.stack([wave, noise(seed=1)], 1), RATE, subtype="FLOAT")
+    with pytest.raises(NotFiniteAudio, match="a.wav: 1 samples"): read(tmp_path / "a.wav", 16000)
+
+
+def test_opposite_infinities_do_not_cancel(tmp_path):
+    wave = noise()
+    wave[7] = np.inf
+    sf.write(tmp_path / "a.wav", np.stack([wave, -wave], 1), RATE, subtype="FLOAT")
+    with pytest.raises(NotFiniteAudio): read(tmp_path / "a.wav", RATE)
+
+
+@pytest.mark.parametrize("wave, silent", [(np.zeros(8000), True), (np.full(8000, .5), True), (noise() * 1e-5, True), (noise() * .01, False)],
+                         ids=["zeros", "offset", "very soft", "soft"])
+def test_silent_clips_are_flagged_and_kept(tmp_path, wave, silent):
+    sf.write(tmp_path / "a.wav", wave, 8000, subtype="FLOAT")
+    ward = Quarantine(limit=0.)
+    assert len(list(read_many([tmp_path / "a.wav"], 8000, quarantine=ward))) == 1
+    assert ward.counts() == ({"silent": 1} if silent else {})
+
+
+def test_silence_row_by_row():
+    assert is_silent(torch.tensor([[0., 0.], [1., -1.]])).tolist() == [True, False]
+
+
+# R8: one content, many formats
+
+ODD = {"stereo": (44100, 2, "WAV", "PCM_16"), "5.1": (48000, 6, "WAVEX", "PCM_24"), "96 kHz": (96000, 1, "WAV", "PCM_24"),
+       "8 kHz": (8000, 1, "WAV", "PCM_16"), "float": (44100, 1, "WAV", "FLOAT"), "double": (44100, 1, "WAV", "DOUBLE"),
+       "24 bit": (22050, 1, "FLAC", "PCM_24"), "flac": (44100, 2, "FLAC", "PCM_16"), "aiff": (32000, 1, "AIFF", "PCM_16"), "11 kHz": (11025, 1, "WAV", "PCM_16")}
+
+
+@pytest.mark.parametrize("guise", ODD)
+@pytest.mark.parametrize("target", [22050, 16000, 24000, 8000])
+def test_same_content_same_clip(tmp_path, guise, target):
+    rate, channels, container, subtype = ODD[guise]
+    sf.write(tmp_path / "a", np.stack([tones(rate)] * channels, 1), rate, format=container, subtype=subtype)
+    wave = read(tmp_path / "a", target)
+    assert wave.dtype == torch.float32 and wave.ndim == 1 and decibels(wave, tones(target)) < -60
+
+
+def test_eight_bits_hold_what_eight_bits_can(tmp_path):
+    coarse = np.round(noise() * 128) / 128
+    sf.write(tmp_path / "a.wav", coarse, RATE, subtype="PCM_U8")
+    assert decibels(read(tmp_path / "a.wav", RATE), coarse) < -60
+
+
+def test_channels_are_averaged(tmp_path):
+    channels = np.stack([noise(seed=k) for k in range(6)], 1)
+    sf.write(tmp_path / "a.wav", channels, RATE, format="WAVEX", subtype="FLOAT")
+    np.testing.assert_allclose(read(tmp_path / "a.wav", RATE), channels.mean(1), atol=1e-6)
+
+
+@pytest.mark.parametrize("container, subtype, rate", [("WAV", "FLOAT", 44100), ("FLAC", "PCM_24", 48000), ("WAV", "FLOAT", 22050), ("WAV", "FLOAT", 8000), ("MP3", None, 44100)])
+@pytest.mark.parametrize("target", [22050, 16000])
+def test_a_segment_is_a_slice_of_the_whole(tmp_path, container, subtype, rate, target):
+    sf.write(tmp_path / "a", noise(rate=rate), rate, format=container, subtype=subtype)
+    whole = read(tmp_path / "a", target)
+    assert len(whole) == resampled_length(SECONDS * rate, rate, target)
+    for start, seconds in ((0., 1.), (.123456, .7), (2.71828, .1), (3., 1.)):
+        segment, first = read(tmp_path / "a", target, start, seconds), round(start * target)
+        assert decibels(segment, whole[first:first + round(seconds * target)]) < -60
+
+
+def test_only_the_segment_is_decoded(tmp_path, monkeypatch):
+    sf.write(tmp_path / "a.flac", noise(60), RATE)
+    counts, decode = [], audio._decode
+    monkeypatch.setattr(audio, "_decode", lambda path, file, first, count: counts.append(count) or decode(path, file, first, count))
+    read(tmp_path / "a.flac", 16000, 30., 1.)
+    assert sum(counts) < 1.2 * RATE
+
+
+@pytest.mark.parametrize("from_rate, to_rate", [(44100, 22050), (8000, 22050), (22050, 24000), (48000, 16000)])
+def test_the_two_resamplers_agree(from_rate, to_rate):
+    wave = torch.from_numpy(tones(from_rate)).repeat(2, 1)
+    slow, fast = resample(wave, from_rate, to_rate), resample_on_device(wave, from_rate, to_rate)
+    assert slow.shape == fast.shape == (2, 2 * to_rate) and decibels(fast[1], slow[1]) < -60
+
+
+def test_resampling_keeps_kind_and_shape():
+    assert isinstance(resample(np.zeros((2, 3, 80)), 8, 4), np.ndarray)
+    assert resample(torch.zeros(2, 3, 80), 8, 4).shape == (2, 3, 40)
+    with pytest.raises(ValueError, match="positive"): resample(np.zeros(8), 0, 8)
+
+
+# R9: too short
+
+def test_zero_length(tmp_path):
+    sf.write(tmp_path / "a.wav", noise(0), RATE)
+    for options in ({}, {"seconds": 1.}, {"seconds": 1., "pad": True}):
+        with pytest.raises(TooShortAudio, match="holds 0.000 s"): read(tmp_path / "a.wav", RATE, **options)
+
+
+def test_padding_is_silence_at_the_end(tmp_path):
+    sf.write(tmp_path / "a.wav", noise(1), RATE, subtype="FLOAT")
+    wave = read(tmp_path / "a.wav", RATE, .5, 2., pad=True)
+    assert len(wave) == 2 * RATE and not wave[RATE // 2:].any()
+    np.testing.assert_allclose(wave[:RATE // 2], noise(1)[RATE // 2:], atol=1e-6)
+
+
+@pytest.mark.parametrize("start, seconds", [(-1., 1.), (0., 0.), (0., -1.)])
+def test_times_that_make_no_sense(tmp_path, start, seconds):
+    sf.write(tmp_path / "a.wav", noise(1), RATE)
+    with pytest.raises(ValueError, match="wanted start >= 0"): read(tmp_path / "a.wav", RATE, start, seconds)
+
+
+def some_short(folder, lengths):
+    paths = []
+    for k, seconds in enumerate(lengths):
+        paths.append(folder / f"{k:04d}.wav")
+        sf.write(paths[-1], noise(seconds, 8000), 8000)
+    return paths
+
+
+@pytest.mark.parametrize("lengths", [[1, .1, 1], [1, 1, .1], [.1, 1, 1]], ids=["one", "the last", "the first"])
+def test_short_ones_are_dropped(tmp_path, lengths):
+    paths, ward = some_short(tmp_path, lengths), Quarantine(limit=0.)
+    got = [path for path, _ in read_many(paths, 8000, seconds=.5, quarantine=ward)]
+    assert got == [path for path, seconds in zip(paths, lengths) if seconds == 1] and ward.counts() == {"TooShortAudio": 1}
+
+
+def test_two_thousand_short_ones_in_a_row(tmp_path):
+    short, long = some_short(tmp_path, [.01, 1])
+    paths = []
+    for k in range(2000):
+        paths.append(tmp_path / f"link{k}.wav")
+        os.link(short, paths[-1])
+    ward = Quarantine()
+    assert [path for path, _ in read_many([*paths, long], 8000, seconds=.5, quarantine=ward)] == [long]
+    assert ward.counts() == {"TooShortAudio": 2000}
+
+
+def test_all_short_is_an_error_that_says_so(tmp_path):
+    paths = some_short(tmp_path, [.1] * 5)
+    with pytest.raises(TooManyBadFiles, match="5 of 5 files are bad .5 TooShortAudio"):
+        list(read_many(paths, 8000, seconds=.5, quarantine=Quarantine(limit=1.)))
+    assert len(list(read_many(paths, 8000, seconds=.5, pad=True, quarantine=Quarantine()))) == 5
