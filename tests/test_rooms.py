@@ -9,7 +9,7 @@ from imports_of import PACKAGE, all_imports, rooms
 
 # A room imports only from rooms above it.
 ORDER = ["settings", "files", "compat", "audio", "features",
-         "data.scores", "data.sampler", "data.store", "data.arrange", "data.scorebox",
+         "data.notation", "data.abc", "data.scores", "data.sampler", "data.store", "data.arrange", "data.scorebox",
          "augment", "encoders.base", "encoders.samplecnn", "objectives.clmr", "objectives.supervised",
          "checkpoint", "train", "probe", "records", "report", "experiments.clmr", "reproduce"]
 # Rooms that know no paper: no network, objective or experiment may enter, only the contract of an encoder.
