@@ -177,7 +177,7 @@ def fit_probe(
         probe.mean, probe.std = x.mean(0), x.std(0, unbiased=False)
         probe.std[probe.std < 1e-8] = 1.
     x, x_valid = (x - probe.mean) / probe.std, (x_valid - probe.mean) / probe.std
-    optimiser = torch.optim.Adam(probe.parameters(), lr=lr, weight_decay=weight_decay)
+    optimiser = torch.optim.Adam(probe.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimiser, factor=.1, patience=5)
     best, best_epoch, kept = math.inf, 0, None
     for epoch in range(epochs):

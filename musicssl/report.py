@@ -159,39 +159,6 @@ def _layout(frame: pd.DataFrame) -> tuple[list[tuple[str, str]], list[list[str]]
     centred = [i > 0 and all(number.fullmatch(row[i]) for row in body) for i in range(len(heads))]
     return heads, body, widths, centred
 
-# %% ../nbs/70_report.ipynb #dacf1a7e
-def table_figure(
-    frame: pd.DataFrame, # text; "group · name" columns share a heading
-    title: str = "", # above
-    footer: str = "", # below, small
-) -> Figure: # as large as its content
-    """Draw a table."""
-    heads, body, widths, centred = _layout(frame)
-    left, total, groups = [sum(widths[:i]) for i in range(len(widths))], sum(widths), any(group for group, _ in heads)
-    notes = textwrap.wrap(footer, max(40, int(total / 4.1)))
-    title_lines = textwrap.wrap(title, max(24, int(total / 7.6)))
-    heights = [22 + 12.5 * max(text.count("\n") for text in row) for row in body]
-    tall = 17 * len(title_lines) + 8 + (22 if groups else 0) + 24 + sum(heights) + 12 + 11 * len(notes)
-    fig = plt.figure(figsize=((total + 16) / 72, (tall + 12) / 72), facecolor="white")
-    ax = fig.add_axes((0, 0, 1, 1), xlim=(-8, total + 8), ylim=(tall + 6, -6))
-    ax.axis("off")
-    for i, line in enumerate(title_lines):
-        ax.text(0, 17 * i + 8, line, size=12, weight="bold", color=INK, va="center")
-    y = _draw_heads(ax, heads, widths, left, centred, 17 * len(title_lines) + 8, groups)
-    for number, (row, height) in enumerate(zip(body, heights)):
-        if number % 2:
-            ax.axhspan(y, y + height, color=STRIPE, lw=0, zorder=0)
-        for i, text in enumerate(row):
-            colour = VERDICTS.get(text, SOFT if heads[i][0] == "paper" or text == "–" else INK)
-            ax.text(left[i] + (widths[i] / 2 if centred[i] else 10), y + height / 2, text, size=9.5, color=colour, va="center", linespacing=1.3,
-                    ha="center" if centred[i] else "left", weight="bold" if text in VERDICTS else "normal")
-        y += height
-    ax.hlines(y, 0, total, color=INK, lw=1.2)
-    for i, line in enumerate(notes):
-        ax.text(0, y + 12 + 11 * i, line, size=7.5, color=SOFT, va="center")
-    return fig
-
-# %% ../nbs/70_report.ipynb #1d6432b0
 def _draw_heads(ax: plt.Axes, heads: list, widths: list, left: list, centred: list, y: float, groups: bool) -> float:
     total = sum(widths)
     ax.hlines(y, 0, total, color=INK, lw=1.2)
@@ -208,6 +175,38 @@ def _draw_heads(ax: plt.Axes, heads: list, widths: list, left: list, centred: li
                 color=SOFT if group == "paper" else INK, ha="center" if centred[i] else "left")
     ax.hlines(y + 24, 0, total, color=RULE, lw=1)
     return y + 24
+
+# %% ../nbs/70_report.ipynb #dacf1a7e
+def table_figure(
+    frame: pd.DataFrame, # text; "group · name" columns share a heading
+    title: str = "", # above
+    footer: str = "", # below, small
+) -> Figure: # as large as its content
+    """Draw a table."""
+    heads, body, widths, centred = _layout(frame)
+    left, total, groups = [sum(widths[:i]) for i in range(len(widths))], sum(widths), any(group for group, _ in heads)
+    notes = textwrap.wrap(footer, max(40, int(total / 3.95)))
+    title_lines = textwrap.wrap(title, max(24, int(total / 7.6)))
+    heights = [22 + 12.5 * max(text.count("\n") for text in row) for row in body]
+    tall = 17 * len(title_lines) + 8 + (22 if groups else 0) + 24 + sum(heights) + 12 + 11 * len(notes)
+    fig = plt.figure(figsize=((total + 16) / 72, (tall + 12) / 72), facecolor="white")
+    ax = fig.add_axes((0, 0, 1, 1), xlim=(-8, total + 8), ylim=(tall + 6, -6))
+    ax.axis("off")
+    for i, line in enumerate(title_lines):
+        ax.text(0, 17 * i + 8, line, size=12, weight="bold", color=INK, va="center")
+    y = _draw_heads(ax, heads, widths, left, centred, 17 * len(title_lines) + 8, groups)
+    for number, (row, height) in enumerate(zip(body, heights)):
+        if number % 2:
+            ax.fill_between([0, total], y, y + height, color=STRIPE, lw=0, zorder=0)
+        for i, text in enumerate(row):
+            colour = VERDICTS.get(text, SOFT if heads[i][0] == "paper" or text == "–" else INK)
+            ax.text(left[i] + (widths[i] / 2 if centred[i] else 10), y + height / 2, text, size=9.5, color=colour, va="center", linespacing=1.3,
+                    ha="center" if centred[i] else "left", weight="bold" if text in VERDICTS else "normal")
+        y += height
+    ax.hlines(y, 0, total, color=INK, lw=1.2)
+    for i, line in enumerate(notes):
+        ax.text(0, y + 12 + 11 * i, line, size=7.5, color=SOFT, va="center")
+    return fig
 
 # %% ../nbs/70_report.ipynb #a5cc80be
 def _write(path: Path, text: str) -> None:
@@ -258,6 +257,7 @@ def save_table(
     _save_caption(stem, kind, title, caption, footer, owner, about, ["png", "csv", "md"])
     return stem.with_name(f"{stem.name}.png")
 
+# %% ../nbs/70_report.ipynb #43ac6d9d
 def save_figure(
     fig: Figure, # what was drawn
     stem: str | Path, # e.g. figures/laptop/clmr_figure5: paper, underscore, item; no ending
@@ -269,10 +269,11 @@ def save_figure(
     about: dict | None = None, # see `provenance`
 ) -> Path: # the picture
     """Save a figure as PNG with the CSV behind it and a JSON of its words, each atomically."""
-    stem, note = Path(stem), "\n".join(textwrap.wrap(footer, int(fig.get_figwidth() * 17)))
+    stem, box = Path(stem), fig.get_tightbbox()
+    note = "\n".join(textwrap.wrap(footer, int(box.width * 18.5)))
     with files.atomic(stem.with_name(f"{stem.name}.csv")) as unfinished:
         data.to_csv(unfinished, index=False, lineterminator="\n")
-    line = fig.text(.01, -.02, note, size=7, color=SOFT, va="top", ha="left")
+    line = fig.text(box.x0 / fig.get_figwidth(), (box.y0 - .12) / fig.get_figheight(), note, size=7, color=SOFT, va="top", linespacing=1.4)
     _save_picture(fig, stem.with_name(f"{stem.name}.png"), bbox_inches="tight", pad_inches=.12, facecolor="white")
     line.remove()
     _save_caption(stem, "figure", title, caption, footer, owner, about, ["png", "csv"])
@@ -315,7 +316,7 @@ def save_claims(
     scale: float = 100., # of the differences; 100 gives points
 ) -> Path: # the picture
     """Save claims and verdicts as a table; the page puts them first."""
-    frame = pd.DataFrame([{"id": c.id, "claim": c.sentence, "this run · difference (points)": cell(c.difference, scale, 1),
+    frame = pd.DataFrame([{"id": c.id, "claim": c.sentence, "scale": c.profile, "this run · difference (points)": cell(c.difference, scale, 1),
                            "this run · verdict": c.verdict, "paper · reported": c.paper or "–"} for c in claims])
     caption = "A claim is supported when the whole paired interval of the difference lies above zero, contradicted when it lies below."
     return save_table(frame, stem, caption, footer, "Claims and verdicts", owner, about, "claims")
@@ -364,6 +365,9 @@ def _html_cell(text: str, group: str) -> str:
     return f'<td class="{kind}">{shown}</td>' if kind else f"<td>{shown}</td>"
 
 # %% ../nbs/70_report.ipynb #b2c21b8e
+_MARKS = "P the paper, T the author’s thesis, R the official README, N the official notebook of figures, I the author in the issue tracker"
+_ENDINGS = {"png": "picture", "csv": "numbers (CSV)", "md": "Markdown"}
+
 def _entries(folder: Path) -> list[dict]:
     found = [files.read_json(path) for path in folder.glob("*.json")]
     found = [entry for entry in found if isinstance(entry, dict) and {"kind", "paper", "item", "files"} <= set(entry)]
@@ -375,7 +379,7 @@ def _entries(folder: Path) -> list[dict]:
 def _entry_html(entry: dict, folder: Path) -> str:
     made, esc = entry["files"], html.escape
     title = entry["title"] or f"{entry['paper']} {entry['item']}"
-    links = [f'<a href="{esc(name)}">{end}</a>' for end, name in made.items() if (folder / name).is_file()]
+    links = [f'<a href="{esc(name)}">{_ENDINGS.get(end, end)}</a>' for end, name in made.items() if (folder / name).is_file()]
     copy = folder / "notebooks" / Path(entry["owner"] or "none").name
     links += [f'<a href="notebooks/{esc(copy.name)}">made by {esc(copy.name)}</a>' if copy.is_file() else f"made by {esc(entry['owner'])}"] * bool(entry["owner"])
     if entry["kind"] == "figure":
@@ -402,5 +406,5 @@ def summary_page(
     scale = f"Scale: {esc(folder.name)}" + (". Too small for verdicts: claims are not evaluated." if folder.name in UNJUDGED else ".")
     _write(folder / "index.html", f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
            f"<title>{esc(title)}</title><style>{_STYLE}</style></head>\n<body><main><h1>{esc(title)}</h1><p class=\"soft\">{scale} Numbers of the papers stand in "
-           f"columns of their own, with table and source.</p><nav>{menu}</nav>{copies}{sections or '<p>Nothing has been made at this scale yet.</p>'}</main></body></html>\n")
+           f"columns of their own, with table and source: {_MARKS}.</p><nav>{menu}</nav>{copies}{sections or '<p>Nothing has been made at this scale yet.</p>'}</main></body></html>\n")
     return folder / "index.html"
