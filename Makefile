@@ -1,0 +1,41 @@
+# make reproduce [PROFILE=smoke]   every figure, table and verdict, from nothing
+# make test                        environment, export drift, clean notebooks, pytest
+# make lab                         the notebooks in JupyterLab
+# make export                      nbs/ -> musicssl/
+# make gpu-check                   what only a GPU can show
+PYTHON  ?= python3
+VENV    ?= .venv
+PROFILE ?= smoke
+FRESH   ?=
+BIN     := $(VENV)/bin
+READY   := $(VENV)/.musicssl-installed
+
+.PHONY: reproduce test check export lab gpu-check clean
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 13) else "musicssl needs Python 3.10 to 3.13, got %d.%d: make PYTHON=python3.11 ..." % v)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+reproduce: $(READY)
+	$(BIN)/musicssl reproduce --profile $(PROFILE) $(if $(FRESH),--fresh)
+
+test: check
+	$(BIN)/python -m pytest
+
+check: $(READY)
+	$(BIN)/python tests/check_sources.py
+
+export: $(READY)
+	$(BIN)/nbdev-export
+	$(BIN)/nbdev-clean
+
+lab: $(READY)
+	$(BIN)/jupyter lab nbs
+
+gpu-check: $(READY)
+	$(BIN)/python -m pytest -m gpu tests
+
+clean:
+	rm -rf figures/smoke figures/test .cache build dist *.egg-info

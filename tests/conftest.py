@@ -1,0 +1,13 @@
+"""What all tests share: one thread, no window, and folders of their own for the cache and the figures."""
+import os
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+os.environ.update({
+    "MPLBACKEND": "Agg",
+    "MUSICSSL_ROOT": str(ROOT),
+    "MUSICSSL_CACHE": os.environ.get("MUSICSSL_TEST_CACHE", str(ROOT / ".cache" / "test")),
+    "MUSICSSL_FIGURES": str(ROOT / ".cache" / "figures"),
+    "MUSICSSL_PROFILE": "test",
+})

@@ -1,0 +1,108 @@
+"""Every chapter through papermill at a scale of seconds, and what happens when one of them is wrong."""
+import json
+import os
+import subprocess
+import sys
+
+import nbformat
+import papermill
+import pytest
+from papermill.exceptions import PapermillExecutionError
+
+from musicssl import files, reproduce, settings
+
+CHAPTERS = reproduce.chapters()
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda chapter: chapter.name)
+def test_chapter_makes_its_figures(chapter):
+    reproduce.run_chapter(chapter, "test")
+    made = settings.figures_dir("test")
+    copy = nbformat.read(made / "notebooks" / chapter.notebook.name, as_version=4)
+    assert not any(output.output_type == "error" for cell in copy.cells for output in cell.get("outputs", []))
+    for stem in {path.stem for path in made.glob(f"{chapter.name}_*.png")}:
+        assert (made / f"{stem}.csv").exists(), f"{stem}.png has no data beside it"
+    assert list(made.glob(f"{chapter.name}_*.png")), "the chapter wrote no figure"
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda chapter: chapter.name)
+@pytest.mark.parametrize("parameters, message", [
+    ({"profile": "test", "proflie": "laptop"}, "unknown parameter 'proflie'; valid parameters are profile (str)"),
+    ({"profile": 7}, "parameter profile = 7 is not str"),
+    ({"profile": "lapotp"}, "profile 'lapotp' is not in settings.ini; it has test, smoke, laptop, gpu, paper"),
+])
+def test_wrong_parameter_stops_the_first_cell(chapter, parameters, message, tmp_path, monkeypatch):
+    monkeypatch.delenv("MUSICSSL_PROFILE")
+    with pytest.raises(PapermillExecutionError) as failure:
+        papermill.execute_notebook(chapter.notebook, tmp_path / "copy.ipynb", parameters, kernel_name="python3",
+                                   cwd=chapter.notebook.parent, progress_bar=False)
+    assert message in failure.value.evalue
+    assert "check_parameters" in failure.value.source
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda chapter: chapter.name)
+def test_lost_parameters_tag_fails_loudly(chapter, tmp_path, monkeypatch):
+    monkeypatch.delenv("MUSICSSL_PROFILE")
+    notebook = nbformat.read(chapter.notebook, as_version=4)
+    for cell in notebook.cells: cell.metadata.pop("tags", None)
+    nbformat.write(notebook, tmp_path / "untagged.ipynb")
+    with pytest.raises(reproduce.NotebookFailed, match="no cell is tagged `parameters`"):
+        reproduce.execute(tmp_path / "untagged.ipynb", tmp_path / "copy.ipynb", {"profile": "test"})
+    with pytest.raises(PapermillExecutionError, match="lost its `parameters` tag"):
+        papermill.execute_notebook(tmp_path / "untagged.ipynb", tmp_path / "copy.ipynb", {"profile": "smoke"},
+                                   kernel_name="python3", cwd=chapter.notebook.parent, progress_bar=False)
+
+
+@pytest.fixture
+def small_book(tmp_path, monkeypatch):
+    """A project of two chapters without training: the first can be told to fail, the second always works."""
+    for folder in ("nbs/papers", "musicssl"): (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "settings.ini").write_text("[project]\nprofile = test\n[test]\nworkers = 1\nthreads = 1\n[test.first]\n[test.second]\n")
+    (tmp_path / "constraints.txt").write_text("")
+    for number, name in enumerate(("first", "second"), 1):
+        module = tmp_path / "extra" / "musicssl" / "experiments"
+        module.mkdir(parents=True, exist_ok=True)
+        (module / f"{name}.py").write_text("def prepare(profile): pass\ndef grid(profile): return []\n")
+        cells = [f"#| default_exp experiments.{name}", "profile: str = 'test'",
+                 f"import os\nfrom pathlib import Path\nPath(os.environ['COUNT'], '{name}').open('a').write('x')",
+                 f"if '{name}' == os.environ.get('BREAK'): raise RuntimeError('told to fail')"]
+        cells = [nbformat.v4.new_code_cell(text) for text in cells]
+        cells[1].metadata["tags"] = ["parameters"]
+        nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "nbs" / "papers" / f"{number}_{name}.ipynb")
+    return tmp_path
+
+
+def reproduce_small(book, **environment):
+    """`musicssl reproduce` on the small book in a process of its own: its exit status and what it printed."""
+    program = ("import sys, musicssl.experiments as e; e.__path__.append(sys.argv[1]); "
+               "from musicssl.reproduce import main; sys.exit(main(['reproduce', '--profile', 'test']))")
+    environment = {**os.environ, "MUSICSSL_ROOT": str(book), "MUSICSSL_FIGURES": str(book / "figures"),
+                   "MUSICSSL_CACHE": str(book / "cache"), "COUNT": str(book), **environment}
+    done = subprocess.run([sys.executable, "-c", program, str(book / "extra/musicssl/experiments")], cwd=book, env=environment,
+                          capture_output=True, text=True, timeout=120)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_failing_chapter_is_named_and_the_rest_is_kept_and_resumed(small_book):
+    status, said = reproduce_small(small_book, BREAK="first")
+    assert status == 1
+    assert "1_first.ipynb, cell" in said and "RuntimeError: told to fail" in said
+    copies = small_book / "figures" / "test" / "notebooks"
+    assert (copies / "1_first.failed.ipynb").exists() and not (copies / "1_first.ipynb").exists()
+    assert (copies / "2_second.ipynb").exists()
+
+    status, said = reproduce_small(small_book)
+    assert status == 0, said
+    assert (copies / "1_first.ipynb").exists() and not (copies / "1_first.failed.ipynb").exists()
+    times_run = {name: len((small_book / name).read_text()) for name in ("first", "second")}
+    assert times_run == {"first": 2, "second": 1}, "the second call repeats what failed, and only that"
+
+
+def test_a_changed_notebook_is_run_again(small_book):
+    assert reproduce_small(small_book)[0] == 0
+    path = small_book / "nbs" / "papers" / "2_second.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells.append(nbformat.v4.new_code_cell("1 + 1"))
+    nbformat.write(notebook, path)
+    assert reproduce_small(small_book)[0] == 0
+    assert {name: len((small_book / name).read_text()) for name in ("first", "second")} == {"first": 1, "second": 2}

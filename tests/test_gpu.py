@@ -1,0 +1,77 @@
+"""What only a GPU can show; `make gpu-check` runs this file. Each test fails, not skips, where there is no GPU."""
+import time
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from musicssl.audio import Batch
+from musicssl.augment import clmr_chain, two_views
+from musicssl.encoders.samplecnn import SampleCNN
+from musicssl.objectives.clmr import CLMR, nt_xent
+from musicssl.train import TrainConfig, fit
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def exact_products(monkeypatch):
+    assert torch.cuda.is_available(), "make gpu-check needs a GPU"
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+def noise(rows: int, samples: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(rows, samples, generator=torch.Generator().manual_seed(seed)) * .1
+
+
+def test_loss_and_gradient_equal_the_cpu():
+    found = {}
+    for device in ("cpu", "cuda"):
+        z = torch.randn(2, 96, 64, generator=torch.Generator().manual_seed(1)).to(device).requires_grad_()
+        loss = nt_xent(z[0], z[1])
+        loss.backward()
+        found[device] = loss.detach().cpu(), z.grad.cpu()
+    assert_close(found["cuda"], found["cpu"], atol=1e-6, rtol=1e-5)
+
+
+def test_views_equal_the_cpu():
+    wave, chain = noise(8, 70_000), clmr_chain()
+    seeds = torch.arange(8)
+    on_cpu, on_gpu = two_views(wave, chain, seeds=seeds), two_views(wave.cuda(), chain, seeds=seeds)
+    for a, b in zip(on_cpu, on_gpu): assert_close(b.cpu(), a, atol=1e-5, rtol=1e-4)
+
+
+def test_encoder_equals_the_cpu():
+    encoder, wave = SampleCNN().eval(), noise(4, 59_049)
+    with torch.no_grad():
+        expected = encoder(wave).clip
+        assert_close(encoder.cuda()(wave.cuda()).clip.cpu(), expected, atol=1e-4, rtol=1e-3)
+
+
+def test_bf16_training_learns_and_says_how_fast(tmp_path, capsys):
+    objective = CLMR(SampleCNN.preset("paper"), clmr_chain())
+    pairs, steps = 256, 40
+    wave = noise(pairs, 80_000).cuda()
+    result = fit(objective, lambda step: Batch(wave=wave), TrainConfig(steps=steps, lr=3e-4, precision="bf16-mixed"), tmp_path)
+    losses = [line["loss"] for line in result.history]
+    assert losses[-1] < losses[0] and all(torch.isfinite(torch.tensor(losses)))
+
+    views = noise(2 * pairs, 59_049).cuda()
+    timed = []
+    for repeat in range(12):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        with torch.autocast("cuda", torch.bfloat16): z = objective.head(objective.encoder(views).clip)
+        nt_xent(*z.chunk(2)).backward()
+        torch.cuda.synchronize()
+        timed.append(time.perf_counter() - began)
+    copied = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in range(10): copied.clone()
+    torch.cuda.synchronize()
+    bandwidth = 20 * copied.numel() / (time.perf_counter() - began)
+    with capsys.disabled():
+        print(f"\nencoder step, bf16: {pairs / min(timed[2:]):.0f} pairs/s; copy {bandwidth / 1e12:.2f} TB/s; "
+              f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB on {torch.cuda.get_device_name()}")
