@@ -129,7 +129,7 @@ class Log:
     ):
         self.path = Path(folder) / "log.jsonl"
         self.rows = [row for row in read_log(folder) if row["step"] <= step]
-        if (found := sum("loss" in row for row in self.rows)) != step:
+        if (found := sum("validation" not in row for row in self.rows)) != step:
             raise Mismatch(f"{self.path} holds {found} of the {step} steps of the checkpoint beside it")
         if not write: self.file = None; return
         with files.atomic(self.path) as file: file.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf8")

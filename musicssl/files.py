@@ -11,6 +11,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 import tempfile
@@ -48,10 +49,10 @@ def atomic(
         _flush(scratch / path.name)
         os.replace(scratch / path.name, path)
         if os.name != "nt": _flush_folder(path.parent)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG): raise
+    except Exception as error:
+        if (code := _no_room(error)) is None: raise
         written, free = _size(scratch), shutil.disk_usage(path.parent).free
-        raise OSError(error.errno, f"no room to write {path}: stopped after {written:,} bytes, {free:,} bytes free;"
+        raise OSError(code, f"no room to write {path}: stopped after {written:,} bytes, {free:,} bytes free;"
                                    " what stood there before is intact") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -61,6 +62,14 @@ def _flush_folder(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try: os.fsync(handle)
     finally: os.close(handle)
+
+def _no_room(error: BaseException | None) -> int | None:
+    while error is not None: # writers in C++ and Rust wrap the system's error in one of their own
+        named = re.search(r"os error (\d+)", str(error))
+        code = getattr(error, "errno", None) or named and int(named[1])
+        if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG): return code
+        error = error.__cause__ or error.__context__
+    return None
 
 def _size(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
@@ -156,7 +165,7 @@ class Locked(RuntimeError):
 def lock(
     path: str | Path, # the lock file, e.g. `folder / ".lock"`; it may stay behind, and means nothing by itself
     timeout: float = 0., # seconds to wait for the other process; 0: leave at once; -1: wait for ever
-) -> Iterator[None]:
+) -> Iterator[None]: # nothing; the lock is held within the block
     """Hold a lock for the length of a block; it ends with the process, however that ends.
 
     Raises: `Locked` naming the owner's process, host and start when another holds it.

@@ -160,7 +160,10 @@ def select(
 # %% ../nbs/52_records.ipynb #1576f5c2
 class RunsFailed(RuntimeError):
     "Some runs of a grid failed; `.failures` maps their keys to config, why and log. The others are done."
-    def __init__(self, failures: dict[str, dict], total: int):
+    def __init__(self,
+        failures: dict[str, dict], # key: its config, why it failed, its log's path
+        total: int, # runs of the grid
+    ):
         lines = [f"{key} {json.dumps(what['config'])}: {what['why']}; log: {what['log']}" for key, what in failures.items()]
         super().__init__("\n".join([f"{len(failures)} of {total} runs failed:", *lines]))
         self.failures = failures

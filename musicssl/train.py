@@ -124,13 +124,16 @@ class BatchesOf:
         return np.resize(self._order(epoch), max(self.batch_size, len(self.ids)))[place * self.batch_size:][:self.batch_size]
 
     def __call__(self, number: int, rank: int = 0, world: int = 1) -> Batch:
+        if self.batch_size % world: raise ValueError(f"a batch of {self.batch_size} clips cannot be shared by {world} processes")
         ids = self.ids_of(number)[rank::world]
         return Batch(wave=self.wave(ids), labels=None if self.labels is None else self.labels[ids].float(), ids=torch.as_tensor(ids))
 
 # %% ../nbs/50_train.ipynb #1c3764ec
 class Diverged(RuntimeError):
     "Loss or gradient is no longer finite; `.details` says where."
-    def __init__(self, details: dict):
+    def __init__(self,
+        details: dict, # step, loss and its parts, grad_norm, batches, seed, clips
+    ):
         super().__init__("not finite: " + ", ".join(f"{name} {value}" for name, value in details.items()))
         self.details = details
 
@@ -229,8 +232,11 @@ class _Run:
         self.log = Log(self.folder, step, write=self.fabric.is_global_zero)
         return step
 
+    def validations(self) -> list[dict]:
+        return [{"step": row["step"], **row["validation"]} for row in self.log.rows if "validation" in row]
+
     def best(self) -> tuple[int | None, int]:
-        return self.stop.best([row for row in self.log.rows if "loss" not in row]) if self.stop else (None, -1)
+        return self.stop.best(self.validations()) if self.stop else (None, -1)
 
     def ended(self, step: int) -> bool:
         return step >= self.config.steps or self.stop is not None and self.best()[1] >= self.stop.patience
@@ -240,7 +246,7 @@ class _Run:
         self.objective.eval()
         with torch.no_grad(), self.fabric.autocast(): metrics = self.validate(self.objective)
         self.objective.train()
-        self.log.add({"step": step, **self.fabric.broadcast({name: float(value) for name, value in metrics.items()})})
+        self.log.add({"step": step, "validation": self.fabric.broadcast({name: float(value) for name, value in metrics.items()})})
 
     def checkpoint(self, step: int) -> None:
         if self.fabric.is_global_zero:
@@ -269,8 +275,8 @@ def _train(run: _Run, until: int, progress: bool) -> Result:
             bar.update()
     best = run.best()[0] if run.ended(step) else None
     if best: load_weights(run.folder / f"step-{best:08d}" / "model.safetensors", run.objective)
-    history, validation = [[row for row in run.log.rows if ("loss" in row) == train] for train in (True, False)]
-    return Result(run.folder, history, validation, resumed, best)
+    history = [row for row in run.log.rows if "validation" not in row]
+    return Result(run.folder, history, run.validations(), resumed, best)
 
 # %% ../nbs/50_train.ipynb #a6c36eb3
 def fit(

@@ -1,0 +1,129 @@
+"""Records that are whole or absent, and grids that several processes share."""
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import musicssl
+from musicssl import files, records
+
+WORKERS = Path(__file__).parent / "workers"
+sys.path.insert(0, str(WORKERS))
+from grid import grid, slow  # noqa: E402
+
+
+def fill_elsewhere(folder, runs, seconds):
+    return subprocess.Popen([sys.executable, WORKERS / "grid.py", folder, str(runs), str(seconds)], stderr=subprocess.DEVNULL)
+
+
+def diary(folder):
+    path = folder / "scratch" / "diary.txt"
+    return Counter(path.read_text().splitlines()) if path.exists() else Counter()
+
+
+def wait_for(condition, seconds=60):
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "waited too long"
+        time.sleep(.02)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs kill -9")
+def test_a_killed_grid_is_gone_on_with(tmp_path):
+    runs = grid(3, .5)
+    first = fill_elsewhere(tmp_path, 3, .5)
+    wait_for(lambda: diary(tmp_path)["start 1"])
+    first.kill()
+    first.wait()
+    assert records.status(runs, tmp_path / "records") in ({"done": 1, "running": 1, "missing": 1}, {"done": 2, "running": 0, "missing": 1})
+    done = records.fill(runs, slow, tmp_path / "records", tmp_path / "scratch", progress=False)
+    assert [record.arrays["square"].tolist() for record in done] == [[0], [1], [4]]
+    assert diary(tmp_path) == {f"{what} {run}": 1 for what in ("start", "end") for run in range(3)}, "the orphan's run is waited for, not repeated"
+
+
+def test_two_processes_share_a_grid(tmp_path):
+    other = fill_elsewhere(tmp_path, 3, .2)
+    done = records.fill(grid(3, .2), slow, tmp_path / "records", tmp_path / "scratch", workers=2, progress=False)
+    assert other.wait(60) == 0 and len(done) == 3
+    assert set(diary(tmp_path).values()) == {1}
+
+
+@pytest.mark.parametrize("moment", ["before the arrays", "between arrays and JSON"])
+def test_half_a_record_is_none(tmp_path, monkeypatch, moment):
+    config, write = {"run": 3, "seconds": 0}, files.write_json
+    def crash(*_, **__): raise KeyboardInterrupt
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        if moment == "before the arrays": patch.setattr(np, "savez_compressed", crash)
+        else: patch.setattr(files, "write_json", lambda path, obj: crash() if "metrics" in obj else write(path, obj))
+        records.run(config, slow, tmp_path / "records", tmp_path / "scratch")
+    assert len(list((tmp_path / "records").glob("*.npz"))) == (moment != "before the arrays")
+    assert records.load_all(tmp_path / "records") == [] and records.find(config, tmp_path / "records") is None
+    assert records.run(config, slow, tmp_path / "records", tmp_path / "scratch").arrays["square"] == 9
+
+
+def test_a_damaged_record_stops_a_table_and_is_run_again(tmp_path):
+    config = {"run": 3, "seconds": 0}
+    record = records.run(config, slow, tmp_path / "records", tmp_path / "scratch")
+    path = tmp_path / "records" / f"{record.key}.json"
+    path.write_text(path.read_text()[:-20])
+    with pytest.raises(records.CorruptRecord, match=record.key): records.load_all(tmp_path / "records")
+    assert records.run(config, slow, tmp_path / "records", tmp_path / "scratch").metrics == {"run": 3} and diary(tmp_path)["start 3"] == 2
+
+
+def test_records_can_be_read_elsewhere_and_copied_ones_are_known(tmp_path):
+    """Copy the folder to another machine: the run is not repeated there."""
+    config = {"run": 2, "seconds": 0}
+    records.run(config, slow, tmp_path / "here", tmp_path / "scratch")
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert records.fill([config, dict(reversed(config.items()))], slow, tmp_path / "there", tmp_path / "scratch", workers=0, progress=False)[1].metrics == {"run": 2}
+    assert diary(tmp_path)["start 2"] == 1
+
+
+def test_nan_survives(tmp_path):
+    def work(config, place): return {"auc": np.float32("nan"), "history": [{"step": 1}]}, {"scores": np.array([np.nan, 1.], "float32")}
+    record = records.run({"a": (1, 2)}, work, tmp_path, tmp_path / "scratch")
+    np.testing.assert_equal(vars(record), vars(records.load_all(tmp_path)[0]))
+    assert np.isnan(record.metrics["auc"]) and record.arrays["scores"].dtype == np.float32 and record.config == {"a": [1, 2]}
+
+
+def test_the_grid_goes_on_around_failures_in_one_process_too(tmp_path):
+    def work(config, place):
+        if config["run"] == 1: raise FloatingPointError("run 1 diverged")
+        return slow(config, place)
+    with pytest.raises(records.RunsFailed, match=r"(?s)1 of 3 runs failed:\n\w+ \{\"run\": 1.*FloatingPointError: run 1 diverged; log: ") as failed:
+        records.fill(grid(3, 0), work, tmp_path / "records", tmp_path / "scratch", workers=0, progress=False)
+    what, = failed.value.failures.values()
+    assert what["config"]["run"] == 1 and "Traceback" in Path(what["log"]).read_text()
+    assert records.status(grid(3, 0), tmp_path / "records") == {"done": 2, "running": 0, "missing": 1}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs signals")
+def test_an_interrupted_fill_takes_its_runs_with_it(tmp_path):
+    process = fill_elsewhere(tmp_path, 1, 60)
+    wait_for(lambda: diary(tmp_path)["start 0"])
+    process.send_signal(signal.SIGINT)
+    assert process.wait(20) != 0
+    wait_for(lambda: records.status(grid(1, 60), tmp_path / "records")["running"] == 0, 5)
+
+
+def test_the_commit_is_the_librarys_own(tmp_path, monkeypatch):
+    package, git = tmp_path / "musicssl" / "__init__.py", ["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a@a"]
+    package.parent.mkdir()
+    package.touch()
+    monkeypatch.setattr(musicssl, "__file__", str(package))
+    assert records.commit() == (None, None)
+    subprocess.run([*git, "init", "-q"], check=True)
+    assert records.commit() == (None, None), "inside a repository, but not of it"
+    subprocess.run([*git, "add", "."], check=True)
+    subprocess.run([*git, "commit", "-qm", "a"], check=True)
+    sha, dirty = records.commit()
+    (tmp_path / "elsewhere.txt").touch()
+    assert len(sha) == 40 and dirty is False and records.commit() == (sha, False)
+    package.write_text("changed = True")
+    assert records.commit() == (sha, True)

@@ -1,0 +1,80 @@
+"""Train in children that die with `kill -9`, then to the end.   killed.py FOLDER HOW MUTATION KILLS SEED
+
+HOW: "never"; "random" (after a random while); "writing" (in the middle of a checkpoint's second file).
+MUTATION takes one protection away, so that the test can show that it notices: see `mutate`.
+"""
+import os
+import random
+import signal
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from musicssl import checkpoint, files, train
+from toy import Toy, batches
+
+CONFIG = train.TrainConfig(steps=48, lr=1e-2, warmup_steps=10, schedule="cosine", accumulate=2, clip_norm=1., checkpoint_every=4)
+
+
+def mutate(mutation):
+    if mutation == "plain write":
+        @contextmanager
+        def plain(path): yield Path(path)
+        files.atomic = plain
+    if mutation == "log kept":
+        checkpoint.Log.__init__ = lambda log, folder, step, write=True: log.__dict__.update(
+            rows=checkpoint.read_log(folder), file=open(Path(folder) / "log.jsonl", "a"))
+    if mutation == "one random stream":
+        stream = torch.Generator().manual_seed(0)
+        torch.manual_seed(0)
+        train.seed_everything = lambda *key: stream
+    if mutation == "optimiser forgotten":
+        torch.optim.Adam.load_state_dict = lambda self, state: None
+
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def go(folder, write_to_die_in=None):
+    if write_to_die_in:
+        save, count = torch.save, iter(range(1, 10_000))
+        def save_half(state, file):
+            save(state, file)
+            if next(count) == write_to_die_in:
+                file.truncate(file.tell() // 2)
+                die()
+        torch.save = save_half
+    train.fit(Toy(), batches(), CONFIG, folder, progress=False)
+
+
+def in_child(folder, kill_after=None, **options):
+    """The child's exit status; forked, so that twenty of them start in no time."""
+    pid = os.fork()
+    if pid == 0:
+        try: go(folder, **options)
+        except BaseException as error: print(f"{type(error).__name__}: {error}", flush=True); os._exit(1)
+        os._exit(0)
+    if kill_after is not None:
+        time.sleep(kill_after)
+        os.kill(pid, signal.SIGKILL)
+    return os.waitpid(pid, 0)[1]
+
+
+if __name__ == "__main__":
+    folder, how, mutation, kills, seed = Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5])
+    torch.set_num_threads(1)
+    mutate(mutation)
+    draw, killed, reached = random.Random(seed), 0, set()
+    while how != "never" and killed < kills:
+        if how == "random": status = in_child(folder, kill_after=draw.uniform(.02, .2))
+        else: status = in_child(folder, write_to_die_in=draw.randint(2, 3))
+        if status != signal.SIGKILL: break
+        killed += 1
+        reached.add(len(checkpoint.checkpoints(folder)) and checkpoint.checkpoints(folder)[-1].name)
+    status = in_child(folder)
+    print(f"killed {killed} times, newest checkpoints then {sorted(map(str, reached))}")
+    sys.exit(status != 0)
