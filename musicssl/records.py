@@ -134,7 +134,9 @@ def run(
         with provenance() as about: metrics, arrays = work(config, place)
         metrics = dict(metrics)
         record = Record(key, config, metrics, metrics.pop("history", []), arrays, about)
-        return Record.load(record.save(folder))
+        record = Record.load(record.save(folder))
+        _lock(folder, key).unlink(missing_ok=True) # whoever waits for it will find the record
+        return record
 
 def _lock(folder: str | Path, key: str) -> Path:
     return Path(folder) / ".locks" / key
@@ -234,7 +236,7 @@ def fill(
     with tqdm(total=len(keyed), initial=len(keyed) - len(waiting), unit="run", disable=not progress) as bar:
         if workers: failures = _schedule(waiting, name_of(work), folder, scratch, workers, threads, bar)
         else: failures = _in_turn(waiting, resolve(work) if isinstance(work, str) else work, folder, scratch, bar)
-    if failures: raise RunsFailed(failures, len(keyed))
+    if failures: raise RunsFailed({key: failures[key] for key in keyed if key in failures}, len(keyed))
     return [find(config, folder) for config in configs]
 
 def status(

@@ -51,7 +51,7 @@ def test_two_processes_share_a_grid(tmp_path):
     other = fill_elsewhere(tmp_path, 3, .2)
     done = records.fill(grid(3, .2), slow, tmp_path / "records", tmp_path / "scratch", workers=2, progress=False)
     assert other.wait(60) == 0 and len(done) == 3
-    assert set(diary(tmp_path).values()) == {1}
+    assert set(diary(tmp_path).values()) == {1} and list((tmp_path / "records" / ".locks").iterdir()) == []
 
 
 @pytest.mark.parametrize("moment", ["before the arrays", "between arrays and JSON"])
