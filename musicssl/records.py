@@ -191,6 +191,8 @@ def resolve(
 # %% ../nbs/52_records.ipynb #2313341e
 _CHILD = "import sys; from musicssl import records; sys.exit(records._child(*sys.argv[1:]))"
 _BUSY = 75 # exit code: another process holds the lock
+# glibc returns every large buffer to the system and fetches it again: keeping them saves 30 % of a training step on a CPU.
+_MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33), "MALLOC_TOP_PAD_": str(2**28)}
 
 def _child(name: str, config: str, folder: str, scratch: str, threads: str) -> int:
     torch.set_num_threads(int(threads))
@@ -205,7 +207,7 @@ def _start(name: str, config: dict, folder: Path, scratch: Path, threads: int) -
     place = scratch / files.fingerprint(config)
     place.mkdir(parents=True, exist_ok=True)
     paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
-    env = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1", "TQDM_MININTERVAL": "10"}
+    env = {**_MALLOC, **os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1", "TQDM_MININTERVAL": "10"}
     with open(place / "run.log", "w", encoding="utf8") as log:
         return subprocess.Popen([sys.executable, "-c", _CHILD, name, json.dumps(config), str(folder), str(scratch), str(threads)],
                                 stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=env)
@@ -233,7 +235,7 @@ def fill(
     configs, folder, scratch = [files.plain(config) for config in configs], Path(folder), Path(scratch)
     keyed = {files.fingerprint(config): config for config in configs}
     waiting = {key: config for key, config in keyed.items() if not find(config, folder)}
-    with tqdm(total=len(keyed), initial=len(keyed) - len(waiting), unit="run", disable=not progress) as bar:
+    with tqdm(total=len(keyed), initial=len(keyed) - len(waiting), unit="run", disable=not (progress and waiting)) as bar:
         if workers: failures = _schedule(waiting, name_of(work), folder, scratch, workers, threads, bar)
         else: failures = _in_turn(waiting, resolve(work) if isinstance(work, str) else work, folder, scratch, bar)
     if failures: raise RunsFailed({key: failures[key] for key in keyed if key in failures}, len(keyed))
