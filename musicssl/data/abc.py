@@ -86,7 +86,7 @@ class Event:
 class Bar:
     "What stands between two bar lines."
     full: Fraction | None # quarters a complete bar would last; None in free time
-    events: list[Event] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list) # in order
     opens: bool = False # a repeat starts here
     closes: bool = False # a repeat ends here
     section: bool = False # a double bar line stands before it
@@ -290,7 +290,8 @@ def read_abc(
     first = {name: values[0] for name, values in header.items()}
     key, metre, rhythm = read_key(first["K"]), read_metre(first.get("M", "4/4")), first.get("R")
     names = ("melody",) if len(played) == 1 else tuple(f"voice {n + 1}" for n in range(len(played)))
-    return make_score([note for notes, _ in played for note in notes], played[0][1], tonic=key.tonic, mode=key.mode, score_id=score_id,
+    facts = dict(tonic=key.tonic, mode=key.mode, score_id=score_id,
                   collection=collection, title=first.get("T", ""), composer=first.get("C"), metre=metre,
                   tune_type=tune_type(f"{rhythm or ''} {first.get('T', '')}", metre), rhythm=rhythm, parts=names,
                   voices="one" if len(played) == 1 else "many", credit="; ".join(header.get("Z", [])) or None)
+    return make_score([note for notes, _ in played for note in notes], played[0][1], facts)

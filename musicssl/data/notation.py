@@ -28,8 +28,8 @@ class Score:
     "A piece of music as a table of notes, sorted by onset, then pitch."
     score_id: str # collection/file/number
     collection: str # one of `COLLECTIONS`
-    title: str
-    composer: str | None
+    title: str # as in the file
+    composer: str | None # where known
     metre: tuple[int, int] | None # (beats, unit) as notated at the start
     tonic: int | None # declared tonic, 0-11 from C
     mode: str | None # declared mode: major, minor, dorian...
@@ -130,7 +130,7 @@ def _ticks(quarters: Iterable[Fraction]) -> np.ndarray:
 def make_score(
     notes: Sequence[Note], # in any order
     grid: Grid, # its bars
-    **facts, # the text fields of `Score`, tonic and mode
+    facts: dict[str, object], # the other fields of `Score`
 ) -> Score: # sorted, in ticks, with its key checked
     "Round exact notes to a score."
     onset, release = _ticks(n.onset for n in notes), _ticks(n.onset + n.duration for n in notes)
@@ -206,7 +206,7 @@ def _xml_root(data: bytes) -> ElementTree.Element:
     if data[:2] != b"PK": return ElementTree.fromstring(data)
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         container = ElementTree.fromstring(archive.read("META-INF/container.xml"))
-        name = next(item.get("full-path") for item in container.iter() if item.tag.endswith("rootfile"))
+        name = next((item.get("full-path") for item in container.iter() if item.tag.endswith("rootfile")), "")
         return ElementTree.fromstring(archive.read(name))
 
 def _read_parts(root: ElementTree.Element) -> tuple[list[_Part], Grid]:
@@ -243,10 +243,11 @@ def read_musicxml(
     composers = [" ".join(c.text.split()) for c in root.iter("creator") if c.get("type") == "composer" and c.text]
     credit = [e.text for tag in ("encoder", "rights", "software") for e in root.iter(tag) if e.text]
     names = tuple(" ".join((p.findtext("part-name") or "").split()) for p in root.findall("part-list/score-part"))
-    return make_score(notes, grid, tonic=parts[0].tonic, mode=parts[0].mode, score_id=score_id, collection=collection,
+    facts = dict(tonic=parts[0].tonic, mode=parts[0].mode, score_id=score_id, collection=collection,
                   title=re.sub(r"\.(mxl|xml)$", "", " ".join(title.split())), composer=next(iter(composers), None), metre=_first_metre(root),
                   tune_type=None, rhythm=None, parts=names, voices="one" if _is_one_voice(notes) else "many",
                   credit="; ".join(credit) or None)
+    return make_score(notes, grid, facts)
 
 def _first_metre(root: ElementTree.Element) -> tuple[int, int] | None:
     beats, unit = root.findtext(".//time/beats"), root.findtext(".//time/beat-type")
@@ -264,4 +265,4 @@ def piano_roll(
     ax.barh(score.pitch[shown], score.duration[shown], left=score.onset[shown], height=.8, edgecolor="white", lw=.5,
             color=[palette[part % len(palette)] for part in score.part[shown]])
     for tick in score.bars[score.bars < quarters * TICKS]: ax.axvline(tick / TICKS, color=".5", lw=1, ls="-" if tick in score.downbeats else ":", zorder=0)
-    ax.set(xlabel="time (quarters)", ylabel="pitch (MIDI)", title=score.title, xlim=(0, quarters))
+    ax.set(xlabel="time (quarters)", ylabel="pitch (MIDI)", title=score.title, xlim=(-.2, quarters))

@@ -154,7 +154,9 @@ def _pack(scores: Sequence[Score], facts: dict) -> dict[str, np.ndarray]:
 class ScoreTable:
     "Scores of many collections, by position or by id."
 
-    def __init__(self, arrays: dict[str, np.ndarray]):
+    def __init__(self,
+        arrays: dict[str, np.ndarray], # what `open_table` reads: notes and bars of all scores end to end, and facts as JSON
+    ):
         meta = json.loads(arrays["meta"].tobytes())
         self.arrays, self.facts, self.rows = arrays, meta["facts"], meta["rows"]
         self.ids: list[str] = [row["score_id"] for row in self.rows]
@@ -178,7 +180,10 @@ class ScoreTable:
     @property
     def unreadable(self) -> list[list[str]]: return self.facts["unreadable"] # [source, reason] of what was left out
 
-    def save(self, path: str | Path) -> None:
+    def save(self,
+        path: str | Path, # an .npz file
+    ) -> None:
+        "Write the table and its checksum, atomically."
         with files.atomic(path) as target, open(target, "wb") as file:
             np.savez_compressed(file, digest=np.array(_digest(self.arrays)), **self.arrays)
 
@@ -191,13 +196,14 @@ def _read_file(collection: str, name: str) -> tuple[list[Score], list[list[str]]
     stem = f"{collection}/{stem if collection == 'others' else stem.partition('/')[2]}"
     pieces = [(stem, None)]
     if path.suffix == ".abc":
-        pieces = [(f"{stem}/{tune[2:].split()[0]}", tune) for tune in abc_tunes(path.read_text(encoding="utf8"))]
+        pieces = [(f"{stem}/{tune[2:].split()[0]}", tune) for tune in abc_tunes(path.read_text(encoding="utf8", errors="replace"))]
     for score_id, tune in pieces:
         try:
             score = read_abc(tune, score_id, collection) if tune else read_musicxml(path.read_bytes(), score_id, collection)
             if len(score) < _FEWEST: raise ValueError(f"got {len(score)} notes, wanted {_FEWEST}")
             scores.append(replace(score, composer=_COMPOSERS.get(name.partition("/")[0], score.composer)))
-        except (ValueError, KeyError, ElementTree.ParseError) as error: unreadable.append([score_id, f"{type(error).__name__}: {error}"])
+        except (ValueError, KeyError, ElementTree.ParseError, zipfile.BadZipFile, zlib.error) as error:
+            unreadable.append([score_id, f"{type(error).__name__}: {error}"])
     return scores, unreadable
 
 # %% ../../nbs/10_scores.ipynb #68584619
@@ -224,7 +230,7 @@ def _workers() -> int:
     return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 # %% ../../nbs/10_scores.ipynb #ac60ec19
-READER = 4 # version of the readers; part of the table's name
+READER = 5 # version of the readers; part of the table's name
 
 def _source_hash(found: Sequence[tuple[str, str]]) -> str:
     root = corpus_root()
