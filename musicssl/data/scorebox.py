@@ -98,8 +98,10 @@ CHUNK = 16 # clips
 RATES = {8_000: 22_050, 16_000: 22_050, 22_050: None, 24_000: None} # Hz: derived from, or rendered
 
 @lru_cache(maxsize=2)
-def _tools(sample_rate: int, cache: Path) -> tuple[ScoreTable, Sampler]:
-    return load_table(cache), Sampler(sample_rate=sample_rate)
+def _table(cache: Path) -> ScoreTable: return load_table(cache)
+
+@lru_cache(maxsize=2)
+def _sampler(sample_rate: int) -> Sampler: return Sampler(sample_rate=sample_rate)
 
 def make_clips(
     pairs: Sequence[tuple[str, int]], # (score id, take)
@@ -108,7 +110,7 @@ def make_clips(
     audible: bool = True, # False: labels only
 ) -> tuple[list[dict[str, Any]], np.ndarray | None]: # label rows; (clips, T) int16
     """Arrange some clips and play them: what one worker does."""
-    scores, sampler = _tools(recipe["sample_rate"], cache)
+    scores, sampler = _table(cache), _sampler(recipe["sample_rate"])
     made = [arrange(scores[name], take, recipe["seconds"], recipe["seed"]) for name, take in pairs]
     return [m.labels for m in made], np.stack([render_clip(m, sampler) for m in made]) if audible else None
 
@@ -207,7 +209,7 @@ class Corpus:
     def arrangement(self, i: int) -> Arrangement: # with all notes
         """What is played in a clip, made again from its name; needs the note table."""
         row = self.labels[i]
-        return arrange(load_table(progress=False)[row["score_id"]], row["take"], self.seconds, self.recipe["seed"])
+        return arrange(_table(self.folder.parent.parent)[row["score_id"]], row["take"], self.seconds, self.recipe["seed"])
 
 # %% ../../nbs/14_scorebox.ipynb #05ab0072
 def render(
@@ -234,7 +236,7 @@ def render(
     writer.finish({"recipe": recipe, "labels_crc32": crc32})
 
 # %% ../../nbs/14_scorebox.ipynb #fe83ee82
-VERSION = 1 # of the recipe: arrange, render_clip, deal, and the sampler
+VERSION = 2 # of the recipe: arrange, render_clip, deal, and the sampler
 
 def load(
     clips: int = 64, # how many
@@ -248,9 +250,11 @@ def load(
     """A corpus of rendered scores, made at the first call and opened at later ones.
 
     Raises: `ValueError` for a sample rate or a size it does not come in; `ModuleNotFoundError` or `FileNotFoundError` without the
-    data packages.
+    data packages; `RuntimeError` in a process that runs the script which started it.
     """
     if sample_rate not in RATES: raise ValueError(f"got {sample_rate} Hz, ScoreBox comes in {', '.join(map(str, RATES))} Hz")
+    if getattr(multiprocessing.current_process(), "_inheriting", False): # a new process is still reading its parent's script
+        raise RuntimeError("a rendering process reached load() itself; put the script's work under `if __name__ == '__main__':`")
     if clips < 10: raise ValueError(f"got {clips} clips, wanted 10 or more: with fewer a split would be empty")
     cache = Path(cache or cache_dir())
     recipe = {"version": VERSION, "clips": int(clips), "seconds": float(seconds), "sample_rate": int(sample_rate), "seed": int(seed)}
