@@ -12,8 +12,10 @@ from imports_of import rooms
 
 
 def undocumented(thing, documented, owner, wants_return):
-    """What is missing from one signature."""
-    missing = [f"{owner}: parameter {name}" for name, entry in documented.items() if name not in ("self", "cls", "return") and not entry["docment"]]
+    """What is missing from one signature. fastcore cannot read the comments of `*args` and `**kwargs`."""
+    stars = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+    exempt = {"self", "cls", "return", *(name for name, p in inspect.signature(thing).parameters.items() if p.kind in stars)}
+    missing = [f"{owner}: parameter {name}" for name, entry in documented.items() if name not in exempt and not entry["docment"]]
     answer = documented.get("return")
     promised = answer and answer["anno"] not in (None, NoneType, "None", NoReturn)
     return missing + ([f"{owner}: what it returns"] if wants_return and promised and not answer["docment"] else [])
