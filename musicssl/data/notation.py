@@ -225,6 +225,7 @@ def _read_parts(root: ElementTree.Element) -> tuple[list[_Part], Grid]:
 
 # %% ../../nbs/08_notation.ipynb #758f886c
 def _is_one_voice(notes: list[Note]) -> bool:
+    if len({note.part for note in notes}) > 1: return False
     ordered = sorted(notes)
     return all(a.onset + a.duration <= b.onset for a, b in zip(ordered, ordered[1:]))
 

@@ -26,7 +26,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .. import files
 from .abc import abc_tunes, read_abc
