@@ -30,7 +30,10 @@ if TYPE_CHECKING: import pandas as pd
 # %% ../nbs/02_audio.ipynb #43553ad0
 class AudioError(ValueError):
     "A file that cannot be used; `.path` says which, `.reason` why."
-    def __init__(self, path: str | Path, reason: str):
+    def __init__(self,
+        path: str | Path, # the file
+        reason: str, # what is wrong with it, in words
+    ):
         super().__init__(path, reason)
         self.path, self.reason = Path(path), reason
 
@@ -52,9 +55,9 @@ class TooShortAudio(AudioError):
 @dataclass(frozen=True)
 class AudioInfo:
     "A sound file's own statement about itself."
-    path: Path
-    sample_rate: int # Hz
-    channels: int
+    path: Path # the file
+    sample_rate: int # Hz, above 0
+    channels: int # 1 mono, 2 stereo, 6 for 5.1
     frames: int # samples per channel that are there, as far as the header and the file's size tell
     seconds: float # frames / sample_rate
     format: str # container and encoding, as in "WAV/PCM_16"
@@ -80,7 +83,7 @@ def _promised(file: sf.SoundFile) -> int:
 
 def info(
     path: str | Path, # a sound file
-) -> AudioInfo:
+) -> AudioInfo: # rate in Hz, channels, length in samples and seconds, encoding
     """What the header says; nothing is decoded.
 
     Raises: `UnreadableAudio` when there is no file, or none that is audio.

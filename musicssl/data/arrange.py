@@ -66,33 +66,45 @@ QUARTER = 480 # ticks
 TEMPI = {"reel": (90, 124), "hornpipe": (70, 104), "jig": (96, 132), "slip jig": (96, 126), "strathspey": (58, 80), "waltz": (90, 150),
     "march": (84, 116), "bach": (60, 96), "one": (66, 120), "many": (66, 132)} # beats per minute
 
-def beat_ticks(metre: tuple[int, int] | None) -> int: # ticks in one felt beat
+def beat_ticks(
+    metre: tuple[int, int] | None, # beats and note value as written, e.g. (6, 8); None: unknown, counted in quarters
+) -> int: # ticks in one felt beat
     """The length of the beat one taps: three of the small notes in 6/8, 9/8 and 12/8, a half note in 2/2, otherwise the lower number."""
     if metre is None: return QUARTER
     count, unit = metre
     note = 4 * QUARTER // unit
     return 3 * note if (count in (6, 9, 12) and unit >= 4) or metre == (3, 8) else note
 
-def subdivisions(beat: int) -> int: # 2 or 3
+def subdivisions(
+    beat: int, # ticks, as from `beat_ticks`
+) -> int: # 2 or 3
     """Into how many notes a beat falls: three when it is dotted."""
     return 3 if beat % 9 == 0 else 2 # 720 ticks: a dotted quarter; 480 and 960 are not multiples of 9
 
-def choose_tempo(draws: Draws, score: Score) -> float: # felt beats per minute, one decimal
+def choose_tempo(
+    draws: Draws, # the stream of this decision
+    score: Score, # its tune type, else collection, else texture sets the range
+) -> float: # felt beats per minute, 58.0 to 150.0, one decimal
     """A tempo from the range of its tune type, collection or texture; equal ratios are equally likely."""
     kind = next(k for k in (score.tune_type, score.collection, score.voices) if k in TEMPI)
     low, high = TEMPI[kind]
     return round(low * math.exp(draws.uniform() * math.log(high / low)), 1)
 
 # %% ../../nbs/13_arrange.ipynb #4b11c4e8
-def holes(onset: np.ndarray, stop: np.ndarray, start: int, end: int) -> int: # ticks
+def holes(
+    onset: np.ndarray, # (n,) ticks, ascending
+    stop: np.ndarray, # (n,) ticks: where each note ends
+    start: int, # ticks: no note begins earlier
+    end: int, # ticks, after the last onset
+) -> int: # ticks, 0: never silent
     """The longest silence between `start` and `end` when notes sound from `onset` to `stop`."""
     sounding_until = np.maximum.accumulate(np.concatenate([[start], stop]))
     return int((np.concatenate([onset, [end]]) - sounding_until).max())
 
 def windows(
-    score: Score,
-    length: int, # ticks
-    ticks_per_second: float,
+    score: Score, # to be searched from beginning to end
+    length: int, # ticks, above 0
+    ticks_per_second: float, # the tempo; 480 at 60 quarters per minute
 ) -> list[int]: # ticks: the downbeats from which a window of this length is worth hearing
     """Every downbeat that starts a window with a note a second, no silence over two seconds, and nine tenths of it filled."""
     starts = score.downbeats[score.downbeats + .9 * length <= score.end]
@@ -102,17 +114,18 @@ def windows(
     return [int(s) for s, i, j in zip(starts, first, last) if j - i >= enough
         and holes(score.onset_ticks[i:j], stop[i:j], int(s), min(int(s) + length, score.end)) <= 2 * ticks_per_second]
 
+# %% ../../nbs/13_arrange.ipynb #76f24389
 class Window(NamedTuple):
     """The part of a score that a clip plays."""
-    start: int # ticks
-    stop: int # ticks
-    bpm: float # felt beats per minute
-    seconds_per_tick: float
+    start: int # ticks, on a downbeat
+    stop: int # ticks, not included
+    bpm: float # felt beats per minute, 58 to 150
+    seconds_per_tick: float # above 0; about 0.001 at 120 quarters per minute
 
 def choose_window(
     draws: Any, # `draws(name)` gives the stream of one decision
-    score: Score,
-    seconds: float, # length of the clip
+    score: Score, # to take the window from
+    seconds: float, # length of the clip, above 0
 ) -> Window | None: # None: no part of the score fills the clip
     """A tempo, and one of the windows worth hearing at that tempo, all equally likely."""
     bpm = choose_tempo(draws("tempo"), score)
@@ -126,11 +139,16 @@ def choose_window(
 # %% ../../nbs/13_arrange.ipynb #9fd0f1b1
 MINOR = {"minor", "dorian", "phrygian", "aeolian", "locrian"}
 
-def key_of(score: Score) -> tuple[int, str] | None: # (tonic 0-11 from C, mode); None where the evidence is thin
+def key_of(
+    score: Score, # with its declared tonic and mode, and bits of evidence
+) -> tuple[int, str] | None: # (tonic 0-11 from C, mode); None where the evidence is thin
     """The key of a score, where the music bears out what its file declares."""
     return (score.tonic, score.mode) if score.tonic is not None and score.mode and score.key_evidence & 6 else None
 
-def key24(tonic: int, mode: str) -> int: # 0-11 major from C, 12-23 minor from C
+def key24(
+    tonic: int, # semitones above C, taken modulo 12
+    mode: str, # one of `MINOR`; any other name counts as major
+) -> int: # 0-11 major from C, 12-23 minor from C
     """Twelve major and twelve minor keys, by number."""
     return tonic % 12 + 12 * (mode in MINOR)
 
@@ -150,15 +168,24 @@ TEXTURES = {"solo": 5, "chords": 4, "chords+bass": 4, "full": 4, "drone": 3}
 class Player(NamedTuple):
     """Somebody with an instrument and a seat."""
     instrument: str # a tag
-    program: int # General MIDI, from 0
-    gain: float = 1.
+    program: int # General MIDI, 0 to 127
+    gain: float = 1. # factor on the amplitude, from 0; 1 as recorded
     pan: float = 0. # -1 left, 1 right
 
-def hire(draws: Draws, instrument: str, gain: float = 1., pan: float = 0.) -> Player:
+def hire(
+    draws: Draws, # the stream of this decision
+    instrument: str, # a tag
+    gain: float = 1., # factor on the amplitude, from 0
+    pan: float = 0., # -1 left, 1 right
+) -> Player: # with a program that plays in tune
     """A player of that instrument: one of its General MIDI programs."""
     return Player(instrument, draws.choice(INSTRUMENTS[instrument].programs), gain, pan)
 
-def choose_players(draws: Any, score: Score, parts: Sequence[int]) -> tuple[str, dict[int, Player]]: # texture, player of each part
+def choose_players(
+    draws: Any, # `draws(name)` gives the stream of one decision
+    score: Score, # one voice or many; a chordal texture needs its key
+    parts: Sequence[int], # numbers of the parts that play, ascending
+) -> tuple[str, dict[int, Player]]: # texture, player of each part
     """The texture and who plays each part of the score."""
     pick = draws("players")
     if score.voices == "one":
@@ -174,7 +201,8 @@ def choose_players(draws: Any, score: Score, parts: Sequence[int]) -> tuple[str,
 # %% ../../nbs/13_arrange.ipynb #57a9586f
 def into_range(
     pitches: Sequence[int], # MIDI numbers of one line
-    low: int, high: int, # the range, at least an octave
+    low: int, # MIDI number of the lowest playable note
+    high: int, # MIDI number of the highest, at least an octave above
 ) -> list[int]: # the same pitch classes, all within the range
     """A line moved by whole octaves into a range, together where possible."""
     misfits = lambda shift: sum(not low <= p + shift <= high for p in pitches)
@@ -185,31 +213,40 @@ def into_range(
 # %% ../../nbs/13_arrange.ipynb #d6e655fc
 class Beat(NamedTuple):
     """A place where one taps."""
-    tick: int
+    tick: int # from the beginning of the score
     in_bar: int # 0 on the downbeat
     length: int # ticks
 
-def beat_grid(score: Score, window: Window) -> list[Beat]:
+def beat_grid(
+    score: Score, # with its metre and downbeats
+    window: Window, # the part of it that is played
+) -> list[Beat]: # ascending; the first is a downbeat
     """The felt beats of a window that starts on a downbeat, bar by bar."""
     length, bars = beat_ticks(score.metre), [int(d) for d in score.downbeats if d >= window.start] + [window.stop]
     grid = [Beat(bar + i * length, i, length) for bar, after in zip(bars, bars[1:] + bars[-1:])
         for i in range(max(1, round((after - bar) / length)))]
     return [beat for beat in grid if beat.tick < window.stop]
 
-def chord_slots(grid: list[Beat], metre: tuple[int, int] | None) -> list[tuple[int, int]]: # ticks: (start, stop) of each chord
+def chord_slots(
+    grid: list[Beat], # at least one beat, as from `beat_grid`
+    metre: tuple[int, int] | None, # beats and note value as written; None: two beats a chord
+) -> list[tuple[int, int]]: # ticks: (start, stop) of each chord
     """Where chords may change: every two felt beats, three in simple triple time, one in compound time; always at a bar."""
     each = 1 if metre and metre[0] in (6, 9, 12) else 3 if metre and metre[0] == 3 else 2
     starts = [beat.tick for beat in grid if beat.in_bar % each == 0]
     return list(zip(starts, [*starts[1:], grid[-1].tick + grid[-1].length]))
 
-# %% ../../nbs/13_arrange.ipynb #aa02e15d
+# %% ../../nbs/13_arrange.ipynb #673b932b
 TRIADS = {
     "major": ((0, "maj"), (5, "maj"), (7, "maj"), (9, "min"), (2, "min"), (4, "min")),
     "minor": ((0, "min"), (5, "min"), (7, "maj"), (3, "maj"), (8, "maj"), (10, "maj")),
     "dorian": ((0, "min"), (5, "maj"), (10, "maj"), (3, "maj"), (7, "min")),
     "mixolydian": ((0, "maj"), (5, "maj"), (10, "maj"), (7, "min"))}
 
-def triad(root: int, quality: str) -> tuple[int, int, int]: # pitch classes
+def triad(
+    root: int, # semitones above C
+    quality: str, # "maj" or "min"
+) -> tuple[int, int, int]: # pitch classes, 0 to 11
     """Root, third, and fifth."""
     return root % 12, (root + (4 if quality == "maj" else 3)) % 12, (root + 7) % 12
 
@@ -228,6 +265,7 @@ def chord_fit(
             if overlap > 0: fit[k] += (1.5 if onset == start else 1.) * overlap * (2 * member[:, pitch % 12] - 1)
     return fit
 
+# %% ../../nbs/13_arrange.ipynb #aa02e15d
 def harmonise(
     melody: Sequence[tuple[int, int, int]], # (onset ticks, duration ticks, MIDI pitch)
     slots: Sequence[tuple[int, int]], # (start, stop) in ticks
@@ -251,16 +289,21 @@ def harmonise(
     for pointers in reversed(back): path.append(int(pointers[path[-1]]))
     return [chords[c] for c in reversed(path)]
 
-# %% ../../nbs/13_arrange.ipynb #59874729
+# %% ../../nbs/13_arrange.ipynb #45beb0d2
 class Event(NamedTuple):
     """A note somebody is to play."""
     onset: int # ticks
     duration: int # ticks
     pitch: int # MIDI number; a drum's key for the kit
     velocity: int # 1-127
-    player: Player
+    player: Player # who plays it
 
-def chord_events(draws: Draws, slots: Sequence, chords: Sequence, beat: int) -> list[Event]:
+def chord_events(
+    draws: Draws, # the stream of this decision
+    slots: Sequence, # (start, stop) of each chord, ticks
+    chords: Sequence, # (root 0-11, "maj" or "min"), one for each slot
+    beat: int, # ticks in a felt beat
+) -> list[Event]: # MIDI 48 to 59, slot by slot
     """Close chords around middle C, in one of three manners for the whole clip."""
     player = hire(draws, draws.choice(CHORDAL), gain=.9, pan=.2)
     manner, events = draws.choice(("held", "repeated", "broken")), []
@@ -273,13 +316,19 @@ def chord_events(draws: Draws, slots: Sequence, chords: Sequence, beat: int) -> 
             events += [Event(t, step, pitches[order[i % len(order)]], 60, player) for i, t in enumerate(range(start, stop, step))]
     return events
 
-def bass_events(draws: Draws, slots: Sequence, chords: Sequence) -> list[Event]:
+# %% ../../nbs/13_arrange.ipynb #adc9e167
+def bass_events(
+    draws: Draws, # the stream of this decision
+    slots: Sequence, # (start, stop) of each chord, ticks
+    chords: Sequence, # (root 0-11, "maj" or "min"), one for each slot
+) -> list[Event]: # one for each chord, MIDI 31 to 42
     """The root of every chord, between G1 and F♯2, a little shorter than the chord."""
     player = hire(draws, "bass", gain=.55)
     return [Event(start, (stop - start) * 9 // 10, 31 + (root - 7) % 12, 80, player) for (start, stop), (root, _) in zip(slots, chords)]
 
-# %% ../../nbs/13_arrange.ipynb #81a6dd34
-def drum_events(grid: Sequence[Beat]) -> list[Event]:
+def drum_events(
+    grid: Sequence[Beat], # as from `beat_grid`
+) -> list[Event]: # pitch is the drum: 36 kick, 38 snare, 42 hi-hat
     """Kick on even beats, snare on odd ones, a closed hi-hat on every subdivision."""
     loud, soft, events = Player("drums", 0, gain=1.2), Player("drums", 0, gain=.9, pan=.3), []
     for tick, in_bar, length in grid:
@@ -288,17 +337,21 @@ def drum_events(grid: Sequence[Beat]) -> list[Event]:
         events += [Event(t, 48, 42, 48, soft) for t in range(tick + step, tick + length, step)]
     return events
 
-def drone_events(draws: Draws, window: Window, tonic: int) -> list[Event]:
+def drone_events(
+    draws: Draws, # the stream of this decision
+    window: Window, # the part of the score that is played
+    tonic: int, # 0-11 from C, transposed
+) -> list[Event]: # two notes, MIDI 40 to 58
     """Tonic and fifth, held from beginning to end."""
     player = hire(draws, draws.choice(DRONES), gain=.5, pan=-.2)
     root = 40 + (tonic - 4) % 12
     return [Event(window.start, window.stop - window.start, p, 56, player) for p in (root, root + 7)]
 
-# %% ../../nbs/13_arrange.ipynb #8666838f
+# %% ../../nbs/13_arrange.ipynb #b39dcfed
 def accompany(
     draws: Any, # `draws(name)` gives the stream of one decision
-    score: Score,
-    window: Window,
+    score: Score, # of one voice
+    window: Window, # the part of it that is played
     melody: Sequence[tuple[int, int, int]], # (onset ticks, duration ticks, MIDI pitch), transposed
     key: tuple[int, str], # tonic 0-11 and mode, transposed
     texture: str, # "chords", "chords+bass", "full" or "drone"
@@ -322,16 +375,18 @@ class Touch(NamedTuple):
     room: float # 0 to 1: dry to large; becomes reverb
     level: float # dBFS: root mean square of the clip, -24 to -17
 
-def choose_touch(draws: Draws) -> Touch:
+def choose_touch(
+    draws: Draws, # the stream of this decision
+) -> Touch: # each value uniform over its range
     """Draw the manner of one performance."""
     return Touch(draws.uniform(0, .018), draws.uniform(0, .06), draws.integer(-25, 26), draws.uniform(), draws.uniform(-24, -17))
 
 def perform(
-    draws: Draws,
-    events: Sequence[Event],
-    window: Window,
-    touch: Touch,
-    beat: int, # ticks
+    draws: Draws, # the stream of this decision
+    events: Sequence[Event], # in ticks, in any order
+    window: Window, # its start becomes 0 s
+    touch: Touch, # how freely
+    beat: int, # ticks in a felt beat
 ) -> list[tuple]: # rows of `NOTE_FIELDS`: onset s, duration s, pitch, velocity, bank, program, gain, pan, cents
     """Ticks become seconds, with a human touch; the order of the events is kept."""
     rows, wander = [], draws.normals(2 * len(events))
@@ -353,7 +408,12 @@ class Arrangement:
     seconds: float # length of the clip
     labels: dict[str, Any] # one row of the corpus table, see `label_row`
 
-def played_lines(score: Score, window: Window, players: dict[int, Player], transpose: int) -> list[Event]:
+def played_lines(
+    score: Score, # to be played
+    window: Window, # the part of it whose notes begin in the clip
+    players: dict[int, Player], # for each part's number
+    transpose: int, # semitones, -5 to 6
+) -> list[Event]: # part after part, pitches within the instruments' ranges
     """The score's own notes within the window, each line in its player's range."""
     i, j = np.searchsorted(score.onset_ticks, [window.start, window.stop])
     events = []
@@ -364,13 +424,21 @@ def played_lines(score: Score, window: Window, players: dict[int, Player], trans
         events += [Event(int(score.onset_ticks[k]), int(score.duration_ticks[k]), p, 78, player) for k, p in zip(at, pitches)]
     return events
 
-def metre3(metre: tuple[int, int] | None) -> str | None: # "duple", "triple" or "compound"
+# %% ../../nbs/13_arrange.ipynb #30d44348
+def metre3(
+    metre: tuple[int, int] | None, # beats and note value as written, e.g. (3, 4)
+) -> str | None: # "duple", "triple" or "compound"; None: unknown
     """The metre as far as one can hear it: 2/4, 2/2, and 4/4 sound alike."""
     if metre is None: return None
     return "compound" if metre[0] in (6, 9, 12) else "triple" if metre[0] == 3 else "duple"
 
-# %% ../../nbs/13_arrange.ipynb #30d44348
-def label_row(score: Score, take: int, seconds: float, window: Window, **made: Any) -> dict[str, Any]:
+def label_row(
+    score: Score, # what is played
+    take: int, # 0, 1, ...: which arrangement of it
+    seconds: float, # length of the clip, above 0
+    window: Window, # the part of the score that is played
+    **made: Any, # key and chords, transposed, and any further columns
+) -> dict[str, Any]: # column name to value
     """Identity, what the score declares, and what the arrangement made; times in seconds, plain JSON values."""
     second = lambda tick: round((tick - window.start) * window.seconds_per_tick, 4)
     downs = [int(d) for d in score.downbeats if window.start <= d < window.stop]
@@ -383,8 +451,9 @@ def label_row(score: Score, take: int, seconds: float, window: Window, **made: A
         tonic=key and key[0], mode=key and key[1], key24=-1 if key is None else key24(*key), key_evidence=int(score.key_evidence),
         chords=[[second(a), min(second(b), seconds), root, quality] for a, b, root, quality in made.pop("chords")] or None, **made)
 
+# %% ../../nbs/13_arrange.ipynb #2d303277
 def arrange(
-    score: Score,
+    score: Score, # of one voice or many
     take: int, # 0, 1, ...: another take, another arrangement
     seconds: float, # length of the clip
     seed: int = 0, # of the corpus

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 from scipy.signal import oaconvolve
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .. import files
 from .arrange import TAGS, Arrangement, Draws, arrange, choose_window
@@ -46,7 +46,7 @@ def impulse_response(
     return (clap / np.sqrt((clap**2).sum())).astype(np.float32)
 
 def render_clip(
-    arrangement: Arrangement,
+    arrangement: Arrangement, # notes, length in s, room 0-1 and level in dBFS
     sampler: Sampler, # its sample rate is the clip's
 ) -> np.ndarray: # (T,) int16
     """Play an arrangement: sampler, hall, level. Never clips: a peak above 0.95 turns the whole clip down."""
@@ -61,7 +61,7 @@ def render_clip(
 DEAL = ("train", "train", "test", "train", "train", "valid", "train", "test", "train", "train")
 
 def queue(
-    scores: ScoreTable,
+    scores: ScoreTable, # all there are
     voices: str, # "one" or "many"
     split: str, # "train", "valid" or "test"
     seconds: float, # length of a clip
@@ -79,7 +79,7 @@ def queue(
         if not found: raise ValueError(f"no {split} score with {voices} voice(s) fills {seconds} s; make the clips shorter")
 
 def deal(
-    scores: ScoreTable,
+    scores: ScoreTable, # all there are
     clips: int, # how many
     seconds: float, # length of a clip
     seed: int = 0, # of the corpus
@@ -126,7 +126,7 @@ def fewer_workers(
 def chunks_made(
     chunks: Sequence[Sequence[tuple[str, int]]], # (score id, take) of the clips in each chunk
     silent: set[int], # chunks whose sound is not needed any more
-    recipe: dict[str, Any],
+    recipe: dict[str, Any], # seconds, sample_rate in Hz, seed
     cache: Path, # folder with the note table
     workers: int, # processes; 1: this one
 ) -> Iterator[tuple[int, list[dict[str, Any]], np.ndarray | None]]: # chunk number, label rows, sound; in any order
@@ -148,14 +148,20 @@ def chunks_made(
 # %% ../../nbs/14_scorebox.ipynb #c19af194
 LABELS = "labels.json.gz"
 
-def write_labels(folder: Path, labels: list[dict[str, Any]]) -> int: # CRC-32 of the file
+def write_labels(
+    folder: Path, # of the corpus
+    labels: list[dict[str, Any]], # one row per clip, in the store's order; plain JSON values
+) -> int: # CRC-32 of the file
     """Write the label rows; the same rows give the same bytes."""
     text = json.dumps(labels, ensure_ascii=False, separators=(",", ":"))
     packed = gzip.compress(text.encode(), 6, mtime=0)
     with files.atomic(folder / LABELS) as path: path.write_bytes(packed)
     return zlib.crc32(packed)
 
-def read_labels(folder: Path, crc32: int) -> list[dict[str, Any]]: # one row per clip
+def read_labels(
+    folder: Path, # of the corpus
+    crc32: int, # as `write_labels` returned it
+) -> list[dict[str, Any]]: # one row per clip
     """Read the label rows. Raises: `CorruptStore` when the file is missing or not the one with this checksum."""
     from musicssl.data.store import CorruptStore
     packed = (folder / LABELS).read_bytes() if (folder / LABELS).exists() else b""
@@ -246,7 +252,7 @@ def load(
     cache: str | Path | None = None, # folder for everything made; None: the project's cache
     workers: int | None = None, # rendering processes; None: choose
     progress: bool = True, # show bars
-) -> Corpus:
+) -> Corpus: # of so many clips, complete on the disk
     """A corpus of rendered scores, made at the first call and opened at later ones.
 
     Raises: `ValueError` for a sample rate or a size it does not come in; `ModuleNotFoundError` or `FileNotFoundError` without the
@@ -267,7 +273,13 @@ def load(
                 else: derive_rate(folder, load(clips, seconds, RATES[sample_rate], seed, cache, workers, progress), sample_rate, progress)
     return Corpus(folder)
 
-def derive_rate(folder: Path, source: Corpus, sample_rate: int, progress: bool = True) -> None:
+# %% ../../nbs/14_scorebox.ipynb #83216ebf
+def derive_rate(
+    folder: Path, # where the new corpus will be
+    source: Corpus, # the rendered one
+    sample_rate: int, # Hz wanted
+    progress: bool = True, # show a bar
+) -> None:
     """The same clips and labels at another sample rate, resampled by soxr."""
     from musicssl.data.store import derive
     write_labels(folder, source.labels)
@@ -275,9 +287,9 @@ def derive_rate(folder: Path, source: Corpus, sample_rate: int, progress: bool =
 
 # %% ../../nbs/14_scorebox.ipynb #7a4fe73f
 def sound_report(
-    corpus: Corpus,
-    ids: Sequence[int] | None = None, # clips to measure; None: all
-): # pandas DataFrame: level dBFS, peak, silence s (longest stretch below -60 dBFS), centroid Hz
+    corpus: Corpus, # to be listened to
+    ids: Sequence[int] | None = None, # clips to measure, by number; None: all
+) -> Any: # pandas DataFrame: level dBFS, peak, silence s (longest stretch below -60 dBFS), centroid Hz
     """Level, peak, longest silence, and brightness of clips, measured on the sound."""
     import pandas as pd
     rows, frame = [], round(.05 * corpus.sample_rate)

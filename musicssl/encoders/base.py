@@ -60,14 +60,14 @@ def check_wave(
 
 # %% ../../nbs/29_encoders.ipynb #40766084
 def count_parameters(
-    module: nn.Module,
+    module: nn.Module, # its submodules count, shared tensors once
     trainable: bool = False, # True: only those that receive a gradient
 ) -> int: # numbers, not tensors
     "How many numbers training can change."
     return sum(p.numel() for p in module.parameters() if p.requires_grad or not trainable)
 
 def count_buffers(
-    module: nn.Module,
+    module: nn.Module, # its submodules count, shared tensors once
 ) -> int: # numbers, not tensors
     "How many numbers a module carries that no gradient reaches."
     return sum(b.numel() for b in module.buffers())
