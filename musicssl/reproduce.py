@@ -14,6 +14,7 @@ import re
 import shutil
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -73,16 +74,25 @@ def execute(
     if not any("parameters" in cell.metadata.get("tags", []) for cell in source.cells):
         raise NotebookFailed(f"{notebook.name}: no cell is tagged `parameters`, so papermill would run it at its defaults")
     copy.parent.mkdir(parents=True, exist_ok=True)
-    os.environ["MUSICSSL_PROFILE"] = parameters["profile"]
-    with files.atomic(copy) as unfinished:
-        try: papermill.execute_notebook(notebook, unfinished, parameters, kernel_name="python3", cwd=notebook.parent,
-                                        extra_arguments=["--IPKernelApp.log_level=ERROR"])
+    with files.atomic(copy) as unfinished, _asked_for(parameters["profile"]):
+        try: papermill.execute_notebook(notebook, unfinished, parameters, kernel_name="python3", language="python",
+                                        cwd=notebook.parent, extra_arguments=["--IPKernelApp.log_level=ERROR"])
         except PapermillExecutionError as error:
             shutil.copyfile(unfinished, failed := copy.with_suffix(".failed.ipynb"))
             raise NotebookFailed(f"{notebook.name}, cell {error.cell_index} ({error.source.strip().splitlines()[0]} ...)\n"
                                  f"  {error.ename}: {error.evalue}\n  executed copy: {failed}") from None
     copy.with_suffix(".failed.ipynb").unlink(missing_ok=True)
     return copy
+
+# %% ../nbs/80_reproduce.ipynb #bdfeefce
+@contextmanager
+def _asked_for(profile: str):
+    before = os.environ.get("MUSICSSL_PROFILE")
+    os.environ["MUSICSSL_PROFILE"] = profile
+    try: yield
+    finally:
+        if before is None: del os.environ["MUSICSSL_PROFILE"]
+        else: os.environ["MUSICSSL_PROFILE"] = before
 
 # %% ../nbs/80_reproduce.ipynb #7f9e86b6
 def run_chapter(
@@ -129,7 +139,7 @@ def _is_fresh(chapter: Chapter, profile: str) -> bool:
     return all(records.find(config, record_folder(chapter.name, profile)) for config in experiment_of(chapter.name).grid(profile))
 
 def _tasks(selected: list[Chapter], profile: str):
-    package = sorted((settings.root() / "musicssl").rglob("*.py"))
+    package = sorted(Path(records.__file__).parent.rglob("*.py"))
     for chapter in selected:
         def action(chapter=chapter):
             try: run_chapter(chapter, profile)

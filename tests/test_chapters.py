@@ -56,13 +56,13 @@ def test_lost_parameters_tag_fails_loudly(chapter, tmp_path, monkeypatch):
 @pytest.fixture
 def small_book(tmp_path, monkeypatch):
     """A project of two chapters without training: the first can be told to fail, the second always works."""
-    for folder in ("nbs/papers", "musicssl"): (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "nbs" / "papers").mkdir(parents=True)
     (tmp_path / "settings.ini").write_text("[project]\nprofile = test\n[test]\nworkers = 1\nthreads = 1\n[test.first]\n[test.second]\n")
     (tmp_path / "constraints.txt").write_text("")
     for number, name in enumerate(("first", "second"), 1):
         module = tmp_path / "extra" / "musicssl" / "experiments"
         module.mkdir(parents=True, exist_ok=True)
-        (module / f"{name}.py").write_text("def prepare(profile): pass\ndef grid(profile): return []\n")
+        (module / f"{name}.py").write_text("def prepare(profile): pass\ndef grid(profile): return []\ndef run(config, folder): pass\n")
         cells = [f"#| default_exp experiments.{name}", "profile: str = 'test'",
                  f"import os\nfrom pathlib import Path\nPath(os.environ['COUNT'], '{name}').open('a').write('x')",
                  f"if '{name}' == os.environ.get('BREAK'): raise RuntimeError('told to fail')"]
