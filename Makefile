@@ -28,8 +28,9 @@ check: $(READY)
 	$(BIN)/python tests/check_sources.py
 
 export: $(READY)
-	$(BIN)/nbdev-export
+	$(BIN)/jupyter nbconvert --log-level=WARN --clear-output --inplace $$(find nbs -name '*.ipynb' -not -path '*/.ipynb_checkpoints/*')
 	$(BIN)/nbdev-clean
+	$(BIN)/nbdev-export
 
 lab: $(READY)
 	$(BIN)/jupyter lab nbs

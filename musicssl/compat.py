@@ -16,8 +16,7 @@ from typing import Any
 # %% ../nbs/01_compat.ipynb #abb58b49
 _EXTENSION = "torchaudio._extension"
 _COMPILED_ONLY = ("forced_align", "rnnt_loss") # what has no Python path
-_CURE = ("install the torchaudio that was built beside your torch, for example "
-         "`pip install torch torchaudio==2.11.* --index-url https://download.pytorch.org/whl/cpu`")
+_CURE = "install the torchaudio 2.11 that was built beside your torch, as PyTorch's installation page says"
 _lock = threading.RLock()
 
 def _forget() -> None:
