@@ -343,6 +343,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                            'musicssl.experiments.clmr.clmr': ('papers/clmr.html#clmr', 'musicssl/experiments/clmr.py'),
                                            'musicssl.experiments.clmr.describe': ( 'papers/clmr.html#describe',
                                                                                    'musicssl/experiments/clmr.py'),
+                                           'musicssl.experiments.clmr.device': ('papers/clmr.html#device', 'musicssl/experiments/clmr.py'),
                                            'musicssl.experiments.clmr.grid': ('papers/clmr.html#grid', 'musicssl/experiments/clmr.py'),
                                            'musicssl.experiments.clmr.load_corpus': ( 'papers/clmr.html#load_corpus',
                                                                                       'musicssl/experiments/clmr.py'),

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PAPER', 'Scores', 'ARMS', 'Recipe', 'new_encoder', 'load_corpus', 'prepare', 'new_objective', 'train_config',
-           'pretrain', 'read_out', 'clmr', 'similarity_of_views', 'supervised', 'segment_logits', 'validation_loss',
-           'tag', 'random_encoder', 'mfcc', 'grid', 'describe', 'run']
+           'pretrain', 'device', 'read_out', 'clmr', 'similarity_of_views', 'supervised', 'segment_logits',
+           'validation_loss', 'tag', 'random_encoder', 'mfcc', 'grid', 'describe', 'run']
 
 # %% ../../nbs/papers/1_clmr.ipynb #b7c329df
 from dataclasses import asdict, dataclass
@@ -93,6 +93,10 @@ def pretrain(
     return train.fit(objective, batches, train_config(config, steps=config["steps"], lr=config["learning_rate"]), folder)
 
 # %% ../../nbs/papers/1_clmr.ipynb #bf12d0c4
+def device() -> torch.device: # where features are computed
+    """The accelerator, where there is one."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
 def read_out(
     encoder: SampleCNN, # frozen
     corpus: scorebox.Corpus, # clips and labels
@@ -100,7 +104,7 @@ def read_out(
 ) -> dict[str, np.ndarray]: # test scores (n, C) by "kind@fraction"
     """Linear and MLP probes on every share of the labels. Source: CLMR §4.3 and its official code, version 2."""
     clips = {split: corpus.ids(split) for split in ("train", "valid", "test")}
-    found = {split: probe.extract(encoder, corpus, ids) for split, ids in clips.items()}
+    found = {split: probe.extract(encoder, corpus, ids, device=device()) for split, ids in clips.items()}
     tags, valid, scores = corpus.tags[clips["train"]], (found["valid"], corpus.tags[clips["valid"]]), {}
     for fraction in config["fractions"]:
         kept = probe.label_subset(tags, fraction, config["seed"])
@@ -133,10 +137,10 @@ def similarity_of_views(
 ) -> np.ndarray: # (2 songs, 2 songs) cosines, first views before second ones
     """Cosines between two views of each of a few test songs, in eval mode."""
     views = two_views(corpus.wave(corpus.ids("test")[:songs]), objective.chain, torch.Generator().manual_seed(seed))
-    training = objective.training
-    z_i, z_j = (objective.eval().project(view) for view in views)
+    training, where = objective.training, next(objective.parameters()).device
+    z_i, z_j = (objective.eval().project(view.to(where)) for view in views)
     objective.train(training)
-    return similarity(z_i, z_j).numpy()
+    return similarity(z_i, z_j).cpu().numpy()
 
 # %% ../../nbs/papers/1_clmr.ipynb #63e3323b
 def supervised(
@@ -161,7 +165,9 @@ def segment_logits(
     split: str, # which clips: train, valid or test
 ) -> torch.Tensor: # (n, S, C)
     """A tagger's answers for every segment of every clip, in eval mode."""
-    with torch.no_grad(): return objective.fc(torch.as_tensor(probe.extract(objective.encoder, corpus, corpus.ids(split))))
+    where = objective.fc.weight.device
+    found = probe.extract(objective.encoder, corpus, corpus.ids(split), device=where)
+    with torch.no_grad(): return objective.fc(torch.as_tensor(found, device=where)).float().cpu()
 
 def validation_loss(
     objective: Supervised, # a tagger
