@@ -26,7 +26,10 @@ PAPER = "clmr"
 
 @dataclass(frozen=True)
 class Recipe:
-    """What the runs of this chapter depend on, resolved from `settings.ini`. Source: CLMR; official code for what the text leaves open."""
+    """What the runs of this chapter depend on, resolved from `settings.ini`.
+
+    Source: CLMR, and its official code for what the text leaves open.
+    """
     clips: int # of ScoreBox
     seconds: float # length of a clip, s
     seeds: tuple[int, ...] # of weights, batches, views and label subsets
@@ -90,7 +93,8 @@ def pretrain(
 ) -> train.Result: # the history of the loss
     """Play the game for `steps` batches of `pairs` songs. Source: CLMR §4."""
     batches = train.BatchesOf(corpus.wave, corpus.ids("train"), config["pairs"], config["seed"])
-    return train.fit(objective, batches, train_config(config, steps=config["steps"], lr=config["learning_rate"]), folder)
+    engine = train_config(config, steps=config["steps"], lr=config["learning_rate"])
+    return train.fit(objective, batches, engine, folder)
 
 # %% ../../nbs/papers/1_clmr.ipynb #bf12d0c4
 def device() -> torch.device: # where features are computed
@@ -125,8 +129,10 @@ def clmr(
     before = similarity_of_views(objective, corpus, config["seed"])
     result = pretrain(objective, corpus, config, folder)
     after = similarity_of_views(objective, corpus, config["seed"])
-    train.save_weights(folder / "encoder.safetensors", objective.encoder, {"config": config, "sample_rate": corpus.sample_rate})
-    return {"history": result.history}, {**read_out(objective.encoder, corpus, config), "before": before, "after": after}
+    about = {"config": config, "sample_rate": corpus.sample_rate}
+    train.save_weights(folder / "encoder.safetensors", objective.encoder, about)
+    scores = read_out(objective.encoder, corpus, config)
+    return {"history": result.history}, {**scores, "before": before, "after": after}
 
 @torch.no_grad()
 def similarity_of_views(
@@ -136,7 +142,8 @@ def similarity_of_views(
     songs: int = 12, # how many
 ) -> np.ndarray: # (2 songs, 2 songs) cosines, first views before second ones
     """Cosines between two views of each of a few test songs, in eval mode."""
-    views = two_views(corpus.wave(corpus.ids("test")[:songs]), objective.chain, torch.Generator().manual_seed(seed))
+    wave, generator = corpus.wave(corpus.ids("test")[:songs]), torch.Generator().manual_seed(seed)
+    views = two_views(wave, objective.chain, generator)
     training, where = objective.training, next(objective.parameters()).device
     z_i, z_j = (objective.eval().project(view.to(where)) for view in views)
     objective.train(training)
@@ -151,13 +158,15 @@ def supervised(
     corpus, encoder = load_corpus(config), new_encoder(config)
     objective, clips = Supervised(encoder, len(corpus.tag_names)), corpus.ids("train")
     labelled = clips[probe.label_subset(corpus.tags[clips], config["fraction"], config["seed"])]
-    batches = train.BatchesOf(corpus.wave, labelled, config["supervised_batch"], config["seed"], corpus.tags, smaller_ok=True)
+    batches = train.BatchesOf(corpus.wave, labelled, config["supervised_batch"], config["seed"], corpus.tags,
+                              smaller_ok=True)
     engine = train_config(config, steps=config["supervised_steps"], lr=config["supervised_learning_rate"],
                           validate_every=config["validate_every"])
     result = train.fit(objective, batches, engine, folder, stop=train.EarlyStop("valid_loss", config["patience"]),
                        validate=lambda objective: {"valid_loss": validation_loss(objective, corpus)})
     history = sorted([*result.history, *result.validation], key=lambda row: row["step"])
-    return {"history": history, "best_step": result.best_step}, {f"supervised@{config['fraction']:g}": tag(objective, corpus, "test")}
+    scores = {f"supervised@{config['fraction']:g}": tag(objective, corpus, "test")}
+    return {"history": history, "best_step": result.best_step}, scores
 
 def segment_logits(
     objective: Supervised, # a tagger
@@ -174,8 +183,9 @@ def validation_loss(
     corpus: scorebox.Corpus, # its validation clips are used
 ) -> float: # nats per tag
     """Cross-entropy over all segments of the validation clips."""
-    logits, labels = segment_logits(objective, corpus, "valid"), torch.as_tensor(corpus.tags[corpus.ids("valid")]).float()
-    return float(torch.nn.functional.binary_cross_entropy_with_logits(logits, labels[:, None].expand_as(logits)))
+    logits = segment_logits(objective, corpus, "valid")
+    labels = torch.as_tensor(corpus.tags[corpus.ids("valid")]).float()[:, None].expand_as(logits)
+    return float(torch.nn.functional.binary_cross_entropy_with_logits(logits, labels))
 
 def tag(
     objective: Supervised, # a tagger
@@ -204,16 +214,17 @@ def mfcc(
     tags, valid = corpus.tags[clips["train"]], (found["valid"], corpus.tags[clips["valid"]])
     for fraction in config["fractions"]:
         kept = probe.label_subset(tags, fraction, config["seed"])
-        scores[f"logistic@{fraction:g}"] = probe.fit_logistic(found["train"][kept], tags[kept], valid).scores(found["test"])
+        fitted = probe.fit_logistic(found["train"][kept], tags[kept], valid)
+        scores[f"logistic@{fraction:g}"] = fitted.scores(found["test"])
     return {}, scores
 
 # %% ../../nbs/papers/1_clmr.ipynb #43e936bb
 _corpus = "clips", "seconds", "encoder"
-_training = "precision",
 ARMS = {
-    "clmr": (clmr, (*_corpus, *_training, "chain", "projection_dim", "temperature", "pairs", "steps", "learning_rate", "fractions")),
-    "supervised": (supervised, (*_corpus, *_training, "supervised_batch", "supervised_steps", "supervised_learning_rate",
-                                "validate_every", "patience")),
+    "clmr": (clmr, (*_corpus, "precision", "chain", "projection_dim", "temperature", "pairs", "steps", "learning_rate",
+                    "fractions")),
+    "supervised": (supervised, (*_corpus, "precision", "supervised_batch", "supervised_steps",
+                                "supervised_learning_rate", "validate_every", "patience")),
     "random": (random_encoder, (*_corpus, "fractions")),
     "mfcc": (mfcc, (*_corpus, "fractions")),
 }
@@ -222,17 +233,20 @@ def grid(
     profile: str, # a profile of `settings.ini`
 ) -> list[dict]: # one configuration per run, longest runs first
     """Every run of this chapter."""
-    recipe = asdict(settings.read(profile, PAPER, Recipe))
-    def config(arm: str, seed: int, **more) -> dict:
-        return {"paper": PAPER, "arm": arm, "seed": seed, **more, **{name: recipe[name] for name in ARMS[arm][1]}}
-    return [config(arm, seed, **more) for arm in ARMS for more in
-            ([{"fraction": f} for f in sorted(recipe["fractions"], reverse=True)] if arm == "supervised" else [{}]) for seed in recipe["seeds"]]
+    recipe, configs = asdict(settings.read(profile, PAPER, Recipe)), []
+    shares = [{"fraction": fraction} for fraction in sorted(recipe["fractions"], reverse=True)]
+    for arm, (_, fields) in ARMS.items():
+        own = {name: recipe[name] for name in fields}
+        configs += [{"paper": PAPER, "arm": arm, "seed": seed, **share, **own}
+                    for share in (shares if arm == "supervised" else [{}]) for seed in recipe["seeds"]]
+    return configs
 
 def describe(
     config: dict, # a run's configuration
 ) -> str: # one line
     """A run in words."""
-    return f"{config['arm']}, seed {config['seed']}" + (f", {config['fraction']:.0%} of the labels" if "fraction" in config else "")
+    share = f", {config['fraction']:.0%} of the labels" if "fraction" in config else ""
+    return f"{config['arm']}, seed {config['seed']}{share}"
 
 def run(
     config: dict, # one of `grid`
