@@ -95,7 +95,7 @@ def save_checkpoint(
             with open(target / "resume.pt", "wb") as file: torch.save(optimizer.state_dict(), file)
             files.write_json(target / "state.json", state)
     for old in checkpoints(folder)[:-keep]:
-        if old.name != f"step-{best or 0:08d}": files.discard(old)
+        if best is None or old.name != f"step-{best:08d}": files.discard(old)
     return path
 
 def load_checkpoint(

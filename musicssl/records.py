@@ -131,15 +131,32 @@ def run(
         files.remove_leftovers(folder)
         place = Path(scratch) / key
         place.mkdir(parents=True, exist_ok=True)
+        earlier = _begin(place)
         with provenance() as about: metrics, arrays = work(config, place)
-        metrics = dict(metrics)
+        metrics, about["seconds"] = dict(metrics), earlier + about["seconds"]
         record = Record(key, config, metrics, metrics.pop("history", []), arrays, about)
         record = Record.load(record.save(folder))
+        files.write_json(place / _ATTEMPT, {"finished": True})
         _lock(folder, key).unlink(missing_ok=True) # whoever waits for it will find the record
         return record
 
 def _lock(folder: str | Path, key: str) -> Path:
     return Path(folder) / ".locks" / key
+
+# %% ../nbs/52_records.ipynb #f0b42259
+_ATTEMPT = "attempt.json"
+
+def _begin(place: Path) -> float: # seconds that interrupted attempts took
+    left = [path for path in place.iterdir() if path.name != "run.log"]
+    before = files.read_json(place / _ATTEMPT) if (place / _ATTEMPT).exists() else {"finished": True}
+    if before["finished"]:
+        for path in left: files.discard(path)
+        spent = 0.
+    else:
+        newest = max(path.stat().st_mtime for path in place.rglob("*") if path.name != "run.log")
+        spent = before["spent"] + max(0., newest - before["began"])
+    files.write_json(place / _ATTEMPT, {"began": time.time(), "spent": spent, "finished": False})
+    return spent
 
 # %% ../nbs/52_records.ipynb #c1ce2f0a
 def load_all(

@@ -386,6 +386,8 @@ def _entry_html(entry: dict, folder: Path) -> str:
         shown = f'<img src="{esc(made["png"])}" alt="{esc(title)}" loading="lazy">' if (folder / made["png"]).is_file() else "<p>The picture is missing.</p>"
     else:
         shown = _html_table(folder / made["csv"]) if (folder / made["csv"]).is_file() else "<p>The table is missing.</p>"
+    if copy.with_suffix(".failed.ipynb").is_file():
+        shown = f'<p class="contradicted">The last run of {esc(copy.name)} failed; this is what was there before or when it stopped.</p>{shown}'
     return (f'<figure id="{esc(entry["paper"])}-{esc(entry["item"])}"><h3>{esc(title)}</h3>{shown}<figcaption><p>{esc(entry["caption"])}</p>'
             f'<p class="links">{" ".join(links)}</p><footer>{esc(entry["footer"])}</footer></figcaption></figure>')
 

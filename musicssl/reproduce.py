@@ -77,14 +77,18 @@ def execute(
     with files.atomic(copy) as unfinished, _asked_for(parameters["profile"]):
         try: papermill.execute_notebook(notebook, unfinished, parameters, kernel_name="python3", language="python",
                                         cwd=notebook.parent, extra_arguments=["--IPKernelApp.log_level=ERROR"])
-        except PapermillExecutionError as error:
-            shutil.copyfile(unfinished, failed := copy.with_suffix(".failed.ipynb"))
-            raise NotebookFailed(f"{notebook.name}, cell {error.cell_index} ({error.source.strip().splitlines()[0]} ...)\n"
-                                 f"  {error.ename}: {error.evalue}\n  executed copy: {failed}") from None
+        except Exception as error: # a cell's, or the kernel's own end
+            if unfinished.exists(): shutil.copyfile(unfinished, copy.with_suffix(".failed.ipynb"))
+            raise NotebookFailed(f"{notebook.name}, {_what_failed(error)}\n"
+                                 f"  executed copy: {copy.with_suffix('.failed.ipynb')}") from None
     copy.with_suffix(".failed.ipynb").unlink(missing_ok=True)
     return copy
 
 # %% ../nbs/80_reproduce.ipynb #bdfeefce
+def _what_failed(error: Exception) -> str:
+    if not isinstance(error, PapermillExecutionError): return f"{type(error).__name__}: {error}"
+    return f"cell {error.cell_index} ({error.source.strip().splitlines()[0]} ...)\n  {error.ename}: {error.evalue}"
+
 @contextmanager
 def _asked_for(profile: str):
     before = os.environ.get("MUSICSSL_PROFILE")
@@ -118,7 +122,7 @@ def fill_grid(
     experiment, shared = experiment_of(paper), settings.load(profile)
     experiment.prepare(profile)
     return records.fill(experiment.grid(profile), f"{experiment.__name__}:run", record_folder(paper, profile),
-                        scratch_folder(paper), workers=int(shared["workers"]), threads=int(shared["threads"]))
+                        scratch_folder(paper, profile), workers=int(shared["workers"]), threads=int(shared["threads"]))
 
 def record_folder(
     paper: str, # a chapter's name
@@ -129,23 +133,28 @@ def record_folder(
 
 def scratch_folder(
     paper: str, # a chapter's name
+    profile: str, # a profile of `settings.ini`
 ) -> Path: # where work in progress lies
-    """The folder of a chapter's checkpoints and logs."""
-    return settings.cache_dir() / "runs" / paper
+    """The folder of a chapter's checkpoints and logs at a profile."""
+    return settings.cache_dir() / "runs" / profile / paper
 
 # %% ../nbs/80_reproduce.ipynb #c4bf11b2
 def _is_fresh(chapter: Chapter, profile: str) -> bool:
-    """Every run of the grid has its record."""
+    """Every run of the grid has its record, every figure its files."""
+    out = settings.figures_dir(profile)
+    captions = [files.read_json(path) for path in out.glob(f"{chapter.name}_*.json")]
+    if not all((out / name).is_file() for caption in captions for name in caption["files"].values()): return False
     return all(records.find(config, record_folder(chapter.name, profile)) for config in experiment_of(chapter.name).grid(profile))
 
 def _tasks(selected: list[Chapter], profile: str):
-    package = sorted(Path(records.__file__).parent.rglob("*.py"))
+    shared = [*sorted(Path(records.__file__).parent.rglob("*.py")), *sorted((settings.root() / "data" / "reported").glob("*.csv")),
+              settings.root() / "constraints.txt"]
     for chapter in selected:
         def action(chapter=chapter):
             try: run_chapter(chapter, profile)
             except (NotebookFailed, records.RunsFailed) as error: return TaskFailed(str(error))
         yield {"name": chapter.name, "actions": [action], "verbosity": 2,
-               "file_dep": [*package, chapter.notebook, settings.root() / "constraints.txt"],
+               "file_dep": [*shared, chapter.notebook],
                "targets": [settings.figures_dir(profile) / "notebooks" / chapter.notebook.name],
                "uptodate": [config_changed(settings.load(profile, chapter.name)), (_is_fresh, [chapter, profile])]}
 
@@ -157,20 +166,23 @@ def reproduce(
 ) -> int: # 0: everything is there; 1: a chapter failed
     """Make every figure, table and verdict of the book at a profile, and the page that shows them.
 
-    Raises: `ValueError` for a profile or a chapter that does not exist.
+    Raises: `ValueError` for a profile or a chapter that does not exist, `files.Locked` while another process is at this profile.
     """
     settings.load(profile)
-    selected, began = chapters(only), time.monotonic()
-    if fresh: forget(selected, profile)
-    folder = settings.figures_dir(profile)
-    doit = DoitMain(ModuleTaskLoader({"task_chapter": lambda: _tasks(selected, profile)}), config_filenames=(),
-                    extra_config={"GLOBAL": {"backend": "json", "dep_file": str(folder / ".doit.json"), "continue": True}})
-    failed = doit.run([])
-    page = report.summary_page(folder, f"musicssl at {profile} scale")
+    selected, began, folder = chapters(only), time.monotonic(), settings.figures_dir(profile)
+    with files.lock(folder / ".locks" / "reproduce"):
+        if fresh: forget(selected, profile)
+        failed = _do(selected, profile, folder)
+        page = report.summary_page(folder, f"musicssl at {profile} scale")
     minutes = (time.monotonic() - began) / 60
     print(f"\n{'FAILED' if failed else 'done'}: {len(selected)} chapter{'s' * (len(selected) != 1)} at profile {profile} "
           f"in {minutes:.1f} minutes\n{page}", flush=True)
     return int(failed != 0)
+
+def _do(selected: list[Chapter], profile: str, folder: Path) -> int:
+    doit = DoitMain(ModuleTaskLoader({"task_chapter": lambda: _tasks(selected, profile)}), config_filenames=(),
+                    extra_config={"GLOBAL": {"backend": "json", "dep_file": str(folder / ".doit.json"), "continue": True}})
+    return doit.run([])
 
 def forget(
     selected: list[Chapter], # whose results
@@ -178,7 +190,7 @@ def forget(
 ) -> None:
     """Set aside a profile's records, checkpoints and executed notebooks of some chapters: they move to `<folder>.old`."""
     for chapter in selected:
-        for folder in (record_folder(chapter.name, profile), scratch_folder(chapter.name)):
+        for folder in (record_folder(chapter.name, profile), scratch_folder(chapter.name, profile)):
             if folder.exists():
                 shutil.rmtree(old := folder.with_name(folder.name + ".old"), ignore_errors=True)
                 folder.rename(old)
@@ -205,7 +217,7 @@ def main(
     try:
         if given.command == "reproduce": return reproduce(given.profile, given.paper, given.fresh)
         for chapter in chapters(given.paper): _runs(chapter.name, given.profile, given.action)
-    except (ValueError, records.RunsFailed) as error:
+    except (ValueError, files.Locked, records.RunsFailed) as error:
         print(f"musicssl: {error}", file=sys.stderr)
         return 1
     return 0

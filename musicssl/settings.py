@@ -7,6 +7,7 @@ __all__ = ['Recipe', 'root', 'profiles', 'load', 'convert', 'read', 'default_pro
            'check_parameters']
 
 # %% ../nbs/00_settings.ipynb #93e1042c
+import ast
 import configparser
 import dataclasses
 import os
@@ -110,6 +111,7 @@ def default_profile() -> str: # a profile's name
 def cache_dir() -> Path: # an existing folder
     """Where rendered audio, note tables and checkpoints live: `MUSICSSL_CACHE`, else what `[project]` says."""
     folder = Path(os.environ.get("MUSICSSL_CACHE") or _project("cache", "~/.cache/musicssl")).expanduser()
+    if not folder.is_absolute(): folder = root() / folder
     folder.mkdir(parents=True, exist_ok=True)
     return folder.resolve()
 
@@ -135,10 +137,8 @@ def check_parameters(
     """
     declared = typing.get_type_hints(types.SimpleNamespace(__annotations__=dict(names.get("__annotations__", {}))))
     valid = ", ".join(f"{name} ({_type_name(kind)})" for name, kind in declared.items())
-    simple = (str, int, float, bool, list, tuple, dict, type(None))
-    for name in set(names) - set(declared) - _SHELL_NAMES:
-        if not name.startswith("_") and isinstance(names[name], simple):
-            raise ValueError(f"unknown parameter {name!r}; valid parameters are {valid}")
+    for name in _injected(names):
+        if name not in declared: raise ValueError(f"unknown parameter {name!r}; valid parameters are {valid}")
     for name, kind in declared.items():
         if not _fits(names[name], kind):
             raise ValueError(f"parameter {name} = {names[name]!r} is not {_type_name(kind)}; valid parameters are {valid}")
@@ -151,7 +151,10 @@ def check_parameters(
     return {name: names[name] for name in declared}
 
 # %% ../nbs/00_settings.ipynb #3bc0185f
-_SHELL_NAMES = {"In", "Out", "exit", "quit", "get_ipython", "open", "display"}
+def _injected(names: dict[str, Any]) -> list[str]:
+    """What papermill assigned: it marks the cell it adds with a first line `# Parameters`."""
+    cells = [ast.parse(cell) for cell in names.get("In", []) if cell.startswith("# Parameters")]
+    return [target.id for cell in cells for node in cell.body if isinstance(node, ast.Assign) for target in node.targets]
 
 def _fits(value: Any, kind: Any) -> bool:
     if typing.get_origin(kind) in (typing.Union, types.UnionType): return any(_fits(value, k) for k in typing.get_args(kind))
@@ -161,7 +164,7 @@ def _fits(value: Any, kind: Any) -> bool:
     return isinstance(value, plain)
 
 def _check_order(names: dict[str, Any], declared: dict[str, Any]) -> None:
-    """papermill marks what it injects with a first line `# Parameters`; that cell must come after the declarations."""
+    """What papermill injects must come after the declarations."""
     for cell in names.get("In", [])[1:]:
         if cell.startswith("# Parameters"):
             raise ValueError("injected parameters came before their defaults: the cell that declares "

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'TrainConfig', 'lr_at', 'seed_of', 'seed_everything', 'BatchesOf', 'Diverged', 'update', 'EarlyStop',
-           'Result', 'fit']
+           'Result', 'accelerator', 'fit']
 
 # %% ../nbs/50_train.ipynb #667f392b
 import dataclasses
@@ -259,7 +259,9 @@ def _train(run: _Run, until: int, progress: bool) -> Result:
     config = run.config
     resumed = step = run.restore()
     run.objective.train()
-    if run.validate and not run.log.rows: run.validation(0)
+    if run.validate and not run.log.rows:
+        run.validation(0)
+        if run.stop: run.checkpoint(0)
     with tqdm(total=config.steps, initial=step, unit="step", mininterval=.5, disable=not (progress and run.fabric.is_global_zero)) as bar:
         while step < until and not run.ended(step):
             began = time.perf_counter()
@@ -274,11 +276,15 @@ def _train(run: _Run, until: int, progress: bool) -> Result:
             bar.set_postfix(loss=f"{row['loss']:.4g}", refresh=False)
             bar.update()
     best = run.best()[0] if run.ended(step) else None
-    if best: load_weights(run.folder / f"step-{best:08d}" / "model.safetensors", run.objective)
+    if best is not None: load_weights(run.folder / f"step-{best:08d}" / "model.safetensors", run.objective)
     history = [row for row in run.log.rows if "validation" not in row]
     return Result(run.folder, history, run.validations(), resumed, best)
 
-# %% ../nbs/50_train.ipynb #a6c36eb3
+def accelerator() -> str: # "cuda" or "cpu", as Fabric names them
+    "Where to run when nobody says. Not on Apple's GPU, which has no float64 for the augmentations' parameters."
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+# %% ../nbs/50_train.ipynb #3354e93d
 def fit(
     objective: nn.Module, # `objective(batch)` returns a dict of scalars with "loss"; trained in place
     batches: Callable[[int], Batch], # batch by number, from 0; a function of the number alone
@@ -296,7 +302,7 @@ def fit(
     Raises: `Mismatch` when the folder holds another run, `files.Locked` when a living process trains in it, `Diverged` when loss or
     gradient is not finite (checkpoints stay, `diverged.json` says where).
     """
-    fabric = fabric or Fabric(accelerator="auto", devices=1, precision=config.precision)
+    fabric = fabric or Fabric(accelerator=accelerator(), devices=1, precision=config.precision)
     if (given := fabric.strategy.precision.precision) != config.precision:
         raise ValueError(f"fabric runs in {given}, the recipe wants {config.precision}")
     if stop is not None and validate is None: raise ValueError("early stopping needs validate")

@@ -98,6 +98,21 @@ def test_failing_chapter_is_named_and_the_rest_is_kept_and_resumed(small_book):
     assert times_run == {"first": 2, "second": 1}, "the second call repeats what failed, and only that"
 
 
+def test_two_calls_at_one_profile_do_not_meet(small_book):
+    with files.lock(small_book / "figures" / "test" / ".locks" / "reproduce"):
+        status, said = reproduce_small(small_book)
+    assert status == 1 and "musicssl: " in said and not (small_book / "first").exists()
+
+
+def test_a_dead_kernel_is_a_failure_with_a_name(tmp_path):
+    cells = [nbformat.v4.new_code_cell("profile: str = 'test'"), nbformat.v4.new_code_cell("import os; os._exit(1)")]
+    cells[0].metadata["tags"] = ["parameters"]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "dies.ipynb")
+    with pytest.raises(reproduce.NotebookFailed, match="dies.ipynb, .*[Kk]ernel"):
+        reproduce.execute(tmp_path / "dies.ipynb", tmp_path / "copy.ipynb", {"profile": "test"})
+    assert (tmp_path / "copy.failed.ipynb").exists() and not (tmp_path / "copy.ipynb").exists()
+
+
 def test_a_changed_notebook_is_run_again(small_book):
     assert reproduce_small(small_book)[0] == 0
     path = small_book / "nbs" / "papers" / "2_second.ipynb"

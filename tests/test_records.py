@@ -127,3 +127,21 @@ def test_the_commit_is_the_librarys_own(tmp_path, monkeypatch):
     assert len(sha) == 40 and dirty is False and records.commit() == (sha, False)
     package.write_text("changed = True")
     assert records.commit() == (sha, True)
+
+
+def test_time_counts_all_attempts_and_a_finished_run_leaves_nothing_to_the_next(tmp_path):
+    place, calls = tmp_path / "scratch" / files.fingerprint({"a": 1}), []
+    def work(config, folder):
+        calls.append((folder / "checkpoint").exists())
+        (folder / "checkpoint").touch()
+        if len(calls) == 1:
+            os.utime(folder / "checkpoint", (time.time() + 100,) * 2)
+            raise KeyboardInterrupt
+        return {}, {}
+    def run(): return records.run({"a": 1}, work, tmp_path / "records", tmp_path / "scratch")
+    with pytest.raises(KeyboardInterrupt): run()
+    record = run()
+    assert calls == [False, True] and 99 < record.provenance["seconds"] < 110, "the interrupted attempt counts"
+    (tmp_path / "records" / f"{record.key}.json").unlink()
+    assert run().provenance["seconds"] < 50 and calls == [False, True, False], "the finished attempt does not"
+    assert place.is_dir()

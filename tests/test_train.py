@@ -194,3 +194,11 @@ def test_frozen_parameters_stay(tmp_path):
     frozen = toy.layers[0].weight.clone()
     fit(tmp_path, toy)
     assert torch.equal(toy.layers[0].weight, frozen) and not torch.equal(toy.layers[4].weight, Toy().layers[4].weight)
+
+
+def test_the_untouched_weights_win_when_validation_only_gets_worse(tmp_path):
+    looks, untouched = iter(range(100)), Toy().state_dict()
+    toy, result = fit(tmp_path, config=replace(QUICK, validate_every=1, keep=1), stop=train.EarlyStop("loss", 3),
+                      validate=lambda objective: {"loss": float(next(looks))})
+    assert result.best_step == 0 and len(result.history) == 3
+    assert_close(toy.state_dict(), untouched, rtol=0, atol=0)

@@ -122,7 +122,7 @@ def group_scores(
 def split_of(
     group: int, # a composition
 ) -> str: # "train" (70 %), "valid" (10 %) or "test" (20 %)
-    "The split a composition belongs to, for ever: a hash of its number."
+    "The split a composition belongs to: a hash of its number, which is stable while the readers and the grouping are."
     percent = int(hashlib.sha256(f"split {group}".encode()).hexdigest(), 16) % 100
     return "train" if percent < 70 else "valid" if percent < 80 else "test"
 

@@ -94,11 +94,11 @@ class StoreWriter:
 def _map(folder: Path, plan: dict, chunk: int, checksum: int | None) -> np.ndarray: # (rows, n_samples) int16, read only
     file, size = _file(folder, chunk), _size(plan, chunk)
     if not file.exists() or file.stat().st_size != size:
-        raise CorruptStore(f"chunk {chunk} is missing or cut off: {file} should have {size} bytes; build again")
+        raise CorruptStore(f"chunk {chunk} is missing or cut off: {file} should have {size} bytes; remove {folder} and build again")
     rows = np.memmap(file, "<i2", "r", shape=(len(_rows(plan, chunk)), plan["n_samples"]))
     if checksum is not None and (found := zlib.crc32(rows.data)) != checksum:
         raise CorruptStore(f"chunk {chunk} has changed since it was written: {file} has CRC-32 {found:08x}, wanted {checksum:08x}; "
-                           "remove the file and build again")
+                           f"remove {folder} and build again")
     return rows
 
 # %% ../../nbs/12_store.ipynb #ae4dc46b

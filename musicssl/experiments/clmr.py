@@ -76,7 +76,7 @@ def new_objective(
     encoder = new_encoder(config)
     return CLMR(encoder, clmr_chain(encoder.n_samples, config["chain"]), config["projection_dim"], config["temperature"])
 
-# %% ../../nbs/papers/1_clmr.ipynb #df64014c
+# %% ../../nbs/papers/1_clmr.ipynb #10fa5b01
 def train_config(
     config: dict, # a run's configuration
     **changes, # fields of `TrainConfig`
@@ -94,12 +94,12 @@ def pretrain(
     """Play the game for `steps` batches of `pairs` songs. Source: CLMR §4."""
     batches = train.BatchesOf(corpus.wave, corpus.ids("train"), config["pairs"], config["seed"])
     engine = train_config(config, steps=config["steps"], lr=config["learning_rate"])
-    return train.fit(objective, batches, engine, folder)
+    return train.fit(objective, batches, engine, folder, about={"corpus": corpus.fingerprint})
 
 # %% ../../nbs/papers/1_clmr.ipynb #bf12d0c4
 def device() -> torch.device: # where features are computed
-    """The accelerator, where there is one."""
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    """The GPU, where there is one."""
+    return torch.device(train.accelerator())
 
 def read_out(
     encoder: SampleCNN, # frozen
@@ -162,7 +162,7 @@ def supervised(
                               smaller_ok=True)
     engine = train_config(config, steps=config["supervised_steps"], lr=config["supervised_learning_rate"],
                           validate_every=config["validate_every"])
-    result = train.fit(objective, batches, engine, folder, stop=train.EarlyStop("valid_loss", config["patience"]),
+    result = train.fit(objective, batches, engine, folder, about={"corpus": corpus.fingerprint}, stop=train.EarlyStop("valid_loss", config["patience"]),
                        validate=lambda objective: {"valid_loss": validation_loss(objective, corpus)})
     history = sorted([*result.history, *result.validation], key=lambda row: row["step"])
     scores = {f"supervised@{config['fraction']:g}": tag(objective, corpus, "test")}
@@ -210,7 +210,8 @@ def mfcc(
     """Logistic regression on mean and deviation of each clip's MFCCs."""
     corpus, scores = load_corpus(config), {}
     clips = {split: corpus.ids(split) for split in ("train", "valid", "test")}
-    found = {split: features.clip_mfcc(corpus.wave(ids), corpus.sample_rate).numpy() for split, ids in clips.items()}
+    found = {split: np.concatenate([features.clip_mfcc(corpus.wave(some), corpus.sample_rate).numpy()
+                                    for some in np.array_split(ids, -(-len(ids) // 64))]) for split, ids in clips.items()}
     tags, valid = corpus.tags[clips["train"]], (found["valid"], corpus.tags[clips["valid"]])
     for fraction in config["fractions"]:
         kept = probe.label_subset(tags, fraction, config["seed"])

@@ -1,6 +1,6 @@
 """Train in children that die with `kill -9`, then to the end.   killed.py FOLDER HOW MUTATION KILLS SEED
 
-HOW: "never"; "random" (after a random while); "writing" (in the middle of a checkpoint's second file).
+HOW: "never"; "random" (a random moment after a random number of steps, so that no machine is too fast for it); "writing" (in the middle of a checkpoint's second file).
 MUTATION takes one protection away, so that the test can show that it notices: see `mutate`.
 """
 import os
@@ -59,8 +59,14 @@ def in_child(folder, kill_after=None, **options):
         except BaseException as error: print(f"{type(error).__name__}: {error}", flush=True); os._exit(1)
         os._exit(0)
     if kill_after is not None:
-        time.sleep(kill_after)
-        os.kill(pid, signal.SIGKILL)
+        steps, moment = kill_after
+        until, log = time.monotonic() + 20, folder / "log.jsonl"
+        length = lambda: log.stat().st_size if log.exists() else 0
+        wanted = length() + 150 * steps # a row has about 150 bytes
+        while length() < wanted and time.monotonic() < until and os.waitpid(pid, os.WNOHANG)[0] == 0: time.sleep(.0005)
+        time.sleep(moment)
+        try: os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError: return 0
     return os.waitpid(pid, 0)[1]
 
 
@@ -70,7 +76,7 @@ if __name__ == "__main__":
     mutate(mutation)
     draw, killed, reached = random.Random(seed), 0, set()
     while how != "never" and killed < kills:
-        if how == "random": status = in_child(folder, kill_after=draw.uniform(.02, .2))
+        if how == "random": status = in_child(folder, kill_after=(draw.randint(0, 6), draw.uniform(0, .02)))
         else: status = in_child(folder, write_to_die_in=draw.randint(2, 3))
         if status != signal.SIGKILL: break
         killed += 1
