@@ -86,9 +86,9 @@ def footer(
     """The line under a table or figure."""
     about = provenance(records, profile, interval)
     seeds = ", ".join(map(str, about["seeds"]))
-    parts = [f"scale: {profile}", *about["data"], f"{about['runs']} runs, seed{'s' * (len(about['seeds']) != 1)} {seeds or 'none'}",
+    parts = [f"scale: {profile}", *about["data"], f"{about['runs']} run{'s' * (about['runs'] != 1)}, seed{'s' * (len(about['seeds']) != 1)} {seeds or 'none'}",
              about["interval"] and f"interval: {about['interval']}", "; ".join(about["hardware"]),
-             f"{about['minutes']:.1f} minutes", f"commit {', '.join(about['commits']) or 'unknown'}"]
+             f"{about['minutes']:.1f} minutes of runs", f"commit {', '.join(about['commits']) or 'unknown'}"]
     return " · ".join(part for part in parts if part)
 
 # %% ../nbs/70_report.ipynb #55bbcf1b

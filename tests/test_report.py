@@ -154,6 +154,14 @@ def test_page_of_nothing_and_of_missing_pictures(tmp_path):
     assert "The picture is missing" in report.summary_page(tmp_path / "laptop", "x").read_text(encoding="utf8")
 
 
+def test_page_says_which_figures_are_older_than_a_failed_run(tmp_path):
+    save_all(tmp_path)
+    owner = files.read_json(next(tmp_path.glob("clmr_*.json")))["owner"]
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "notebooks" / f"{owner.split('/')[-1].removesuffix('.ipynb')}.failed.ipynb").write_text("{}")
+    assert "failed; this is what was there before" in report.summary_page(tmp_path, "x").read_text(encoding="utf8")
+
+
 def test_a_failing_save_leaves_the_old_file(tmp_path):
     save_all(tmp_path / "laptop")
     before = (tmp_path / "laptop" / "clmr_figure1.png").read_bytes()
