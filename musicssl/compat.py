@@ -16,7 +16,7 @@ from typing import Any
 # %% ../nbs/01_compat.ipynb #abb58b49
 _EXTENSION = "torchaudio._extension"
 _COMPILED_ONLY = ("forced_align", "rnnt_loss") # what has no Python path
-_CURE = "install the torchaudio 2.11 that was built beside your torch, as PyTorch's installation page says"
+_CURE = "`pip install 'torchaudio>=2.11,<2.12'` from the index that PyTorch's installation page names for your torch"
 _lock = threading.RLock()
 
 def _forget() -> None:
