@@ -8,6 +8,7 @@ from torch.testing import assert_close
 from musicssl.audio import Batch
 from musicssl.augment import clmr_chain, two_views
 from musicssl.encoders.samplecnn import SampleCNN
+from musicssl.experiments import clmr
 from musicssl.objectives.clmr import CLMR, nt_xent
 from musicssl.train import TrainConfig, fit
 
@@ -75,3 +76,12 @@ def test_bf16_training_learns_and_says_how_fast(tmp_path, capsys):
     with capsys.disabled():
         print(f"\nencoder step, bf16: {pairs / min(timed[2:]):.0f} pairs/s; copy {bandwidth / 1e12:.2f} TB/s; "
               f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB on {torch.cuda.get_device_name()}")
+
+
+@pytest.mark.parametrize("arm", clmr.ARMS)
+def test_every_arm_of_the_chapter_runs(arm, tmp_path):
+    config = next(config for config in clmr.grid("test") if config["arm"] == arm)
+    if "precision" in config: config["precision"] = "bf16-mixed"
+    metrics, arrays = clmr.run(config, tmp_path)
+    for name in (name for name in arrays if "@" in name): assert 0 <= metrics[name]["pr_auc"] <= 1
+    assert sum("@" in name for name in arrays) >= 1
