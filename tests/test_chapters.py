@@ -1,5 +1,4 @@
 """Every chapter through papermill at a scale of seconds, and what happens when one of them is wrong."""
-import json
 import os
 import subprocess
 import sys

@@ -1,5 +1,4 @@
 """Work for grids of runs, and a process that fills one.   grid.py FOLDER RUNS SECONDS"""
-import os
 import sys
 import time
 from pathlib import Path
