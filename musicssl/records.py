@@ -27,7 +27,7 @@ import torch
 from tqdm import tqdm
 
 import musicssl
-from . import files
+from . import files, settings
 
 # %% ../nbs/52_records.ipynb #aa18288b
 def commit() -> tuple[str | None, bool | None]: # 40 hexadecimal digits and whether the library differs from them; None outside git
@@ -44,8 +44,7 @@ def hardware() -> dict[str, Any]: # cpu, cores, device
     "The machine that is running: processor, cores this process may use, accelerator."
     try: cpu = next(line.split(":", 1)[1].strip() for line in open("/proc/cpuinfo", encoding="utf8") if line.startswith("model name"))
     except (OSError, StopIteration): cpu = platform.processor() or platform.machine()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"cpu": cpu, "cores": cores, "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
+    return {"cpu": cpu, "cores": settings.cores(), "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
 
 # %% ../nbs/52_records.ipynb #9cf110d5
 def _peak_memory() -> dict[str, float | None]:

@@ -4,20 +4,15 @@
 
 # %% auto #0
 __all__ = ['DEAL', 'CHUNK', 'RATES', 'LABELS', 'VERSION', 'impulse_response', 'render_clip', 'queue', 'deal', 'make_clips',
-           'fewer_workers', 'chunks_made', 'write_labels', 'read_labels', 'Corpus', 'render', 'load', 'derive_rate',
-           'sound_report']
+           'fewer_workers', 'write_labels', 'read_labels', 'Corpus', 'render', 'load', 'derive_rate', 'sound_report']
 
 # %% ../../nbs/14_scorebox.ipynb #96fcaf28
 import gzip
 import hashlib
 import json
 import multiprocessing
-import os
-import warnings
 import zlib
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache, partial
 from itertools import count
 from pathlib import Path
@@ -30,8 +25,8 @@ from tqdm import tqdm
 from .. import files
 from .arrange import TAGS, Arrangement, Draws, arrange, choose_window
 from .sampler import SOUNDFONT_SHA256, Sampler
-from .scores import ScoreTable, load_table, split_of
-from ..settings import cache_dir
+from .scores import ScoreTable, load_table, side_by_side, split_of
+from ..settings import cache_dir, cores
 
 # %% ../../nbs/14_scorebox.ipynb #c2cb72ac
 @lru_cache(maxsize=16)
@@ -120,30 +115,7 @@ def fewer_workers(
     seconds: float, # of sound to render
 ) -> int: # processes
     """As many processes as there are cores, but one for each 20 minutes of sound: starting them takes longer than a small corpus."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return workers if workers is not None else max(1, min(cores, round(seconds / 1200)))
-
-def chunks_made(
-    chunks: Sequence[Sequence[tuple[str, int]]], # (score id, take) of the clips in each chunk
-    silent: set[int], # chunks whose sound is not needed any more
-    recipe: dict[str, Any], # seconds, sample_rate in Hz, seed
-    cache: Path, # folder with the note table
-    workers: int, # processes; 1: this one
-) -> Iterator[tuple[int, list[dict[str, Any]], np.ndarray | None]]: # chunk number, label rows, sound; in any order
-    """Every chunk of a corpus, as soon as it is made. Where processes cannot start, this one does the work, with a warning."""
-    make, left = partial(make_clips, recipe=recipe, cache=cache), dict(enumerate(chunks))
-    if workers > 1:
-        pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
-        try:
-            running = {pool.submit(make, pairs, audible=c not in silent): c for c, pairs in left.items()}
-            for future in as_completed(running):
-                made, c = future.result(), running.pop(future)
-                del left[c]
-                yield c, *made
-        except BrokenProcessPool:
-            warnings.warn("rendering processes could not start or died (a script needs `if __name__ == '__main__':`); going on in this one")
-        finally: pool.shutdown(cancel_futures=True)
-    for c, pairs in left.items(): yield c, *make(pairs, audible=c not in silent)
+    return workers if workers is not None else max(1, min(cores(), round(seconds / 1200)))
 
 # %% ../../nbs/14_scorebox.ipynb #c19af194
 LABELS = "labels.json.gz"
@@ -234,7 +206,8 @@ def render(
     silent, rows = set(range(len(chunks))) - set(writer.missing()), {}
     workers = fewer_workers(workers, seconds * clips * (1 - len(silent) / len(chunks)))
     with tqdm(total=clips, desc="rendering", unit="clip", disable=not progress) as bar:
-        for c, labels, waves in chunks_made(chunks, silent, recipe, cache, workers):
+        jobs = [(pairs, recipe, cache, c not in silent) for c, pairs in enumerate(chunks)]
+        for c, (labels, waves) in side_by_side(make_clips, jobs, workers):
             if waves is not None: writer.write(c, waves)
             rows[c] = labels
             bar.update(len(labels))

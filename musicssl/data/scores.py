@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLLECTIONS', 'TUNE_BOOKS', 'READER', 'corpus_root', 'sources', 'fingerprints', 'shared_fingerprints', 'group_scores',
-           'split_of', 'CorruptTable', 'ScoreTable', 'build_table', 'open_table', 'load_table']
+           'split_of', 'CorruptTable', 'ScoreTable', 'side_by_side', 'build_table', 'open_table', 'load_table']
 
 # %% ../../nbs/10_scores.ipynb #3c3b7945
 import hashlib
@@ -12,17 +12,17 @@ import importlib.util
 import itertools
 import json
 import multiprocessing
-import os
 import re
 import warnings
 import zipfile
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -31,7 +31,7 @@ from tqdm import tqdm
 from .. import files
 from .abc import abc_tunes, read_abc
 from .notation import TICKS, Score, read_musicxml
-from ..settings import cache_dir
+from ..settings import cache_dir, cores
 
 # %% ../../nbs/10_scores.ipynb #e76b4403
 _COMPOSERS = dict(bach="Johann Sebastian Bach", beach="Amy Beach", beethoven="Ludwig van Beethoven", corelli="Arcangelo Corelli",
@@ -210,24 +210,25 @@ def _read_file(collection: str, name: str) -> tuple[list[Score], list[list[str]]
 def _read_job(job: Sequence[tuple[str, str]]) -> list[tuple[list[Score], list[list[str]]]]:
     return [_read_file(collection, name) for collection, name in job]
 
-def _read_jobs(jobs: Sequence[Sequence[tuple[str, str]]], workers: int, bar: tqdm) -> list:
-    results = {}
-    def done(index, result):
-        results[index] = result
-        bar.update(len(jobs[index]))
+def side_by_side(
+    work: Callable, # an importable function
+    jobs: Sequence[tuple], # its arguments, job by job
+    workers: int, # processes; 1: this one
+) -> Iterator[tuple[int, Any]]: # a job's number and its result, in any order
+    """Every result as soon as it is there. Where processes cannot start, this one does the work, with a warning."""
+    left = dict(enumerate(jobs))
     if workers > 1:
+        pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
         try:
-            with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-                futures = {pool.submit(_read_job, jobs[index]): index for index in reversed(range(len(jobs)))} # quartets first
-                for future in as_completed(futures): done(futures[future], future.result())
+            running = {pool.submit(work, *job): number for number, job in left.items()}
+            for future in as_completed(running):
+                result, number = future.result(), running.pop(future)
+                del left[number]
+                yield number, result
         except BrokenProcessPool:
-            warnings.warn("worker processes could not start (a script needs `if __name__ == '__main__':`); reading in this one")
-    for index in range(len(jobs)):
-        if index not in results: done(index, _read_job(jobs[index]))
-    return [item for index in range(len(jobs)) for item in results[index]]
-
-def _workers() -> int:
-    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+            warnings.warn("worker processes could not start or died (a script needs `if __name__ == '__main__':`); going on in this one")
+        finally: pool.shutdown(cancel_futures=True)
+    for number, job in left.items(): yield number, work(*job)
 
 # %% ../../nbs/10_scores.ipynb #ac60ec19
 READER = 5 # version of the readers; part of the table's name
@@ -243,9 +244,11 @@ def build_table(
 ) -> ScoreTable: # all their scores, grouped
     "Read all scores and group them by composition. Raises: `ModuleNotFoundError` without music21, `ValueError` for unknown collections."
     found = sources(collections)
-    jobs = [found[start:start + 8] for start in range(0, len(found), 8)]
+    jobs = [found[start:start + 8] for start in range(0, len(found), 8)][::-1] # the last ones take longest
+    made, workers = {}, min(8, cores()) if workers is None else workers
     with tqdm(total=len(found), desc="reading scores", unit="file", disable=not progress) as bar:
-        results = _read_jobs(jobs, _workers() if workers is None else workers, bar)
+        for number, made[number] in side_by_side(_read_job, [(job,) for job in jobs], workers): bar.update(len(jobs[number]))
+    results = [result for number in reversed(range(len(jobs))) for result in made[number]]
     scores = [score for read, _ in results for score in read]
     scores = [replace(score, group=group) for score, group in zip(scores, group_scores(scores))]
     facts = dict(reader=READER, source=_source_hash(found), collections=[name for name in COLLECTIONS if name in collections],

@@ -12,11 +12,11 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-import soxr
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..audio import resample, resampled_length
 from ..files import atomic, read_json, remove_leftovers, write_json
 
 # %% ../../nbs/12_store.ipynb #7a40b423
@@ -161,12 +161,9 @@ def derive(
     progress: bool = True, # show a bar
 ) -> Store: # as many clips, of the same seconds
     """A copy at another sample rate, by soxr; a finished copy is opened, a begun one continued."""
-    n_samples = round(store.n_samples * sample_rate / store.sample_rate)
+    n_samples = resampled_length(store.n_samples, store.sample_rate, sample_rate)
     writer = StoreWriter(folder, store.n, n_samples, sample_rate, store.index["chunk"])
     for chunk in tqdm(writer.missing(), desc=f"{sample_rate} Hz", disable=not progress):
-        clips = np.zeros((len(writer.rows(chunk)), n_samples), np.float32)
-        for row, i in zip(clips, writer.rows(chunk)):
-            resampled = soxr.resample(store[i] / np.float32(32768), store.sample_rate, sample_rate)[:n_samples]
-            row[:len(resampled)] = resampled
-        writer.write(chunk, to_int16(np.clip(clips, -1, 1)))
+        clips = np.stack([store[i] for i in writer.rows(chunk)]) / np.float32(32768)
+        writer.write(chunk, to_int16(np.clip(resample(clips, store.sample_rate, sample_rate), -1, 1)))
     return writer.finish({**store.meta, "derived_from_hz": store.sample_rate})
