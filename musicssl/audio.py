@@ -43,7 +43,7 @@ class UnreadableAudio(AudioError):
     "No file, no audio, or damaged audio."
 
 class TruncatedAudio(AudioError):
-    "Fewer samples than the file's own header promises."
+    "Fewer samples than the file's own header promises, or an Ogg stream without its end."
 
 class NotFiniteAudio(AudioError):
     "NaN or infinite samples."
@@ -63,9 +63,6 @@ class AudioInfo:
     format: str # container and encoding, as in "WAV/PCM_16"
     promised: int # samples per channel the header promises; more than `frames` in a truncated file
 
-# %% ../nbs/02_audio.ipynb #80a16305
-_CORRECTED = re.compile(r"^\s*(?:data|SSND|Data Size|riff|Riff size)\s*:\s*(\d+) \(should be (\d+)\)", re.M)
-
 @contextmanager
 def _opened(path: str | Path) -> Iterator[sf.SoundFile]:
     try: file = sf.SoundFile(path)
@@ -74,12 +71,24 @@ def _opened(path: str | Path) -> Iterator[sf.SoundFile]:
         elif Path(path).is_file() and not Path(path).stat().st_size: reason = "the file is empty (0 bytes)"
         else: reason = f"not audio that libsndfile can read ({getattr(error, 'error_string', error)})"
         raise UnreadableAudio(path, reason) from error
-    with file: yield file
+    with file:
+        if file.frames == 2**63 - 1: raise UnreadableAudio(path, "its header does not say how long it is, as in a stream; write it anew")
+        yield file
+
+# %% ../nbs/02_audio.ipynb #80a16305
+_CORRECTED = re.compile(r"^\s*(?:data|SSND|Data Size|riff|Riff size)\s*:\s*(\d+) \(should be (\d+)\)", re.M)
 
 def _promised(file: sf.SoundFile) -> int:
     corrections = [(int(said), int(there)) for said, there in _CORRECTED.findall(file.extra_info)]
     return max([file.frames, *(round(file.frames * said / max(there, 1)) for said, there in corrections
                                if said - there > 8 and said < 2**32 - 2**16)])
+
+def _has_end(path: str | Path) -> bool: # Ogg only: is the last page there, marked as the last, and whole?
+    with open(path, "rb") as file:
+        file.seek(max(0, Path(path).stat().st_size - 2**17))                          # two pages of the largest size, and more
+        tail = file.read()
+    page = tail[max(0, tail.rfind(b"OggS")):]
+    return len(page) > 27 and bool(page[5] & 4) and len(page) >= 27 + page[26] + sum(page[27:27 + page[26]])
 
 def info(
     path: str | Path, # a sound file
@@ -177,6 +186,8 @@ def read(
     with _opened(path) as file:
         if (promised := _promised(file)) > file.frames:
             raise TruncatedAudio(path, f"the header promises {promised / file.samplerate:.3f} s, the file holds {file.frames / file.samplerate:.3f} s")
+        if file.format == "OGG" and not _has_end(path):
+            raise TruncatedAudio(path, f"the stream breaks off after {file.frames / file.samplerate:.3f} s, without its mark of the end")
         total, first = resampled_length(file.frames, file.samplerate, sample_rate), round(start * sample_rate)
         wanted = total - first if seconds is None else round(seconds * sample_rate)
         have = min(wanted, total - first)
