@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -41,7 +42,16 @@ def _chunks(plan: dict) -> range: return range(-(-plan["n"] // plan["chunk"]))
 
 def _file(folder: Path, chunk: int) -> Path: return folder / f"{chunk:05d}.int16"
 
-def _size(plan: dict, chunk: int) -> int: return 2 * len(_rows(plan, chunk)) * plan["n_samples"] + 4 # bytes, checksum included
+def _size(plan: dict, lengths: np.ndarray) -> int: # bytes of a chunk: samples, lengths of the rows if they differ, checksum
+    return 2 * int(lengths.sum()) + (8 * len(lengths) if plan["n_samples"] is None else 0) + 4
+
+def _lengths(folder: Path, plan: dict, chunk: int) -> np.ndarray | None: # samples of each row; None for a file that is absent or cut off
+    file, rows = _file(folder, chunk), len(_rows(plan, chunk))
+    size = file.stat().st_size if file.exists() else 0
+    if plan["n_samples"] is not None: lengths = np.full(rows, plan["n_samples"])
+    elif size < 8 * rows + 4: return None
+    else: lengths = np.fromfile(file, "<i8", rows, offset=size - 4 - 8 * rows)
+    return lengths if size == _size(plan, lengths) else None
 
 # %% ../../nbs/12_store.ipynb #f4be5e9d
 class StoreWriter:
@@ -49,12 +59,13 @@ class StoreWriter:
     def __init__(self,
         folder: str | Path, # made if absent; one that was begun is continued
         n: int, # clips in all
-        n_samples: int, # samples of each clip
+        n_samples: int | None, # samples of each clip; None: a ragged store, every clip has its own length
         sample_rate: int, # Hz
         chunk: int = 64, # clips in a file
     ):
         self.folder, plan = Path(folder), {"n": n, "n_samples": n_samples, "sample_rate": sample_rate, "chunk": chunk}
-        if not all(isinstance(v, int) and v > 0 for v in plan.values()): raise ValueError(f"wanted whole numbers above 0, got {plan}")
+        wanted = [value for name, value in plan.items() if (name, value) != ("n_samples", None)]
+        if not all(isinstance(v, int) and v > 0 for v in wanted): raise ValueError(f"wanted whole numbers above 0, got {plan}")
         if not (self.folder / "plan.json").exists(): write_json(self.folder / "plan.json", plan)
         if (begun := read_json(self.folder / "plan.json")) != plan:
             raise ValueError(f"{self.folder} was begun with {begun}, got {plan}; use another folder or remove this one")
@@ -65,41 +76,54 @@ class StoreWriter:
 
     def missing(self) -> list[int]: # chunks still to write, in order
         """Chunks that are absent, or of the wrong size."""
-        sizes = {file.name: file.stat().st_size for file in self.folder.glob("*.int16")}
-        return [c for c in _chunks(self.plan) if sizes.get(_file(self.folder, c).name) != _size(self.plan, c)]
+        return [c for c in _chunks(self.plan) if _lengths(self.folder, self.plan, c) is None]
 
     def write(self,
         chunk: int, # which
-        clips: np.ndarray, # (rows of this chunk, n_samples) int16
+        clips: np.ndarray | Iterable[np.ndarray], # (rows of this chunk, n_samples) int16; ragged: one (T,) int16 per row, taken one by one
     ) -> None:
         """Write one chunk in one step. Raises: `ValueError` when shape or type are not the plan's."""
         wanted = len(self.rows(chunk)), self.plan["n_samples"]
-        if clips.shape != wanted or clips.dtype != np.int16:
+        if wanted[1] is not None and (clips.shape != wanted or clips.dtype != np.int16):
             raise ValueError(f"chunk {chunk}: got {clips.shape} of {clips.dtype}, wanted {wanted} of int16")
-        body = np.ascontiguousarray(clips, "<i2").data.cast("B")
-        with atomic(_file(self.folder, chunk)) as path, open(path, "wb") as file:
-            file.write(body)
-            file.write(zlib.crc32(body).to_bytes(4, "little"))
+        with atomic(_file(self.folder, chunk)) as path, open(path, "wb") as file: _fill(file, chunk, clips, *wanted)
 
     def finish(self,
         meta: dict | None = None, # anything JSON can hold, kept as `Store.meta`
     ) -> "Store":
         """Write the index and open the store. Raises: `UnfinishedStore` while chunks are missing."""
         if missing := self.missing(): raise UnfinishedStore(f"{self.folder}: {len(missing)} chunks are missing, the first is {missing[0]}")
-        sums = [int(np.fromfile(_file(self.folder, c), "<u4", offset=_size(self.plan, c) - 4)[0]) for c in _chunks(self.plan)]
-        write_json(self.folder / "index.json", {**self.plan, "crc32": sums, "meta": meta or {}})
+        lengths = [_lengths(self.folder, self.plan, c) for c in _chunks(self.plan)]
+        sums = [int(np.fromfile(_file(self.folder, c), "<u4", offset=_size(self.plan, rows) - 4)[0]) for c, rows in enumerate(lengths)]
+        ragged = {"lengths": np.concatenate(lengths)} if self.plan["n_samples"] is None else {}
+        write_json(self.folder / "index.json", {**self.plan, "crc32": sums, **ragged, "meta": meta or {}})
         return Store(self.folder)
 
+# %% ../../nbs/12_store.ipynb #22052087
+def _fill(file: BinaryIO, chunk: int, clips: Iterable[np.ndarray], rows: int, n_samples: int | None) -> None:
+    lengths, checksum = [], 0
+    for clip in clips:
+        if clip.ndim != 1 or clip.dtype != np.int16: raise ValueError(f"chunk {chunk}: got {clip.shape} of {clip.dtype}, wanted (T,) of int16")
+        lengths.append(len(clip))
+        checksum = _put(file, np.ascontiguousarray(clip, "<i2"), checksum)
+    if len(lengths) != rows: raise ValueError(f"chunk {chunk}: got {len(lengths)} clips, wanted {rows}")
+    if n_samples is None: checksum = _put(file, np.array(lengths, "<i8"), checksum)
+    file.write(checksum.to_bytes(4, "little"))
+
+def _put(file: BinaryIO, values: np.ndarray, checksum: int) -> int: # the checksum of all that was written so far
+    file.write(values.data)
+    return zlib.crc32(values.data, checksum)
+
 # %% ../../nbs/12_store.ipynb #b46ad220
-def _map(folder: Path, plan: dict, chunk: int, checksum: int | None) -> np.ndarray: # (rows, n_samples) int16, read only
-    file, size = _file(folder, chunk), _size(plan, chunk)
+def _map(folder: Path, plan: dict, chunk: int, lengths: np.ndarray, checksum: int | None) -> np.ndarray: # all samples of a chunk, read only
+    file, size = _file(folder, chunk), _size(plan, lengths)
     if not file.exists() or file.stat().st_size != size:
         raise CorruptStore(f"chunk {chunk} is missing or cut off: {file} should have {size} bytes; remove {folder} and build again")
-    rows = np.memmap(file, "<i2", "r", shape=(len(_rows(plan, chunk)), plan["n_samples"]))
-    if checksum is not None and (found := zlib.crc32(rows.data)) != checksum:
+    content = np.memmap(file, np.uint8, "r").view(np.ndarray)
+    if checksum is not None and (found := zlib.crc32(content[:-4])) != checksum:
         raise CorruptStore(f"chunk {chunk} has changed since it was written: {file} has CRC-32 {found:08x}, wanted {checksum:08x}; "
                            f"remove {folder} and build again")
-    return rows
+    return content[:2 * lengths.sum()].view("<i2")
 
 # %% ../../nbs/12_store.ipynb #ae4dc46b
 class Store:
@@ -117,6 +141,7 @@ class Store:
             why = f"building stopped after {found} chunks, resume it" if found else "no store was built there"
             raise UnfinishedStore(f"{self.folder} has no index.json: {why}") from None
         self.n, self.n_samples, self.sample_rate, self.meta = (self.index[k] for k in ("n", "n_samples", "sample_rate", "meta"))
+        self.lengths = np.broadcast_to(np.asarray(self.index.get("lengths", self.n_samples), np.int64), self.n) # (n,) samples of each clip
         self._unread = dict(enumerate(self.index["crc32"])) # checksums still to be compared
         self._chunk = lru_cache(256)(self._open) # so many files at a time
 
@@ -124,34 +149,48 @@ class Store:
 
     def __reduce__(self): return Store, (self.folder,) # another process maps the files itself
 
-    def _open(self, chunk: int) -> np.ndarray:
-        rows = _map(self.folder, self.index, chunk, self._unread.get(chunk))
+    def _open(self, chunk: int) -> tuple[np.ndarray, list[int]]: # all its samples, and where its rows begin and end
+        rows = _rows(self.index, chunk)
+        samples = _map(self.folder, self.index, chunk, lengths := self.lengths[rows.start:rows.stop], self._unread.get(chunk))
         self._unread.pop(chunk, None)
-        return rows
+        return samples, [0, *np.cumsum(lengths).tolist()]
 
     def __getitem__(self, i: int) -> np.ndarray: # (T,) int16, read-only window onto the file
         if not 0 <= i < self.n: raise IndexError(f"clip {i} of a store of {self.n}")
         chunk, row = divmod(int(i), self.index["chunk"])
-        return self._chunk(chunk)[row]
+        samples, edges = self._chunk(chunk)
+        return samples[edges[row]:edges[row + 1]]
 
     def wave(self,
         ids: Iterable[int] | Tensor, # (B,) clips, in any order, also repeated
         start: int | Sequence[int] | Tensor | None = None, # first sample, one for all or (B,); None: 0
-        length: int | None = None, # samples of each; None: up to the end of the clip that begins latest
+        length: int | None = None, # samples of each; None: up to the end of the clip that begins latest, if the clips have one length
     ) -> Tensor: # (B, T) float32 in [-1, 1), the integers / 32768
-        """Clips, or pieces of them, as a batch. Raises: `IndexError` for a clip or a piece that does not exist."""
-        ids = [int(i) for i in ids]
-        return torch.from_numpy(_pieces(self, ids, np.broadcast_to(np.asarray(0 if start is None else start, np.int64), (len(ids),)), length))
+        """Clips, or pieces of them, as a batch. Raises: `IndexError` for a clip or a piece that does not exist, `ValueError` without
+        `length` for clips of different lengths."""
+        ids = ids.tolist() if isinstance(ids, Tensor) else [int(i) for i in ids]
+        starts = [0] * len(ids) if start is None else np.broadcast_to(np.asarray(start, np.int64), len(ids)).tolist()
+        return torch.from_numpy(_pieces(self, ids, starts, length))
 
 # %% ../../nbs/12_store.ipynb #0ecc0318
-def _pieces(store: Store, ids: list[int], starts: np.ndarray, length: int | None) -> np.ndarray: # (B, T) float32
-    first, last = starts.min(initial=store.n_samples), starts.max(initial=0)
-    length = store.n_samples - last if length is None else length
-    if length < 1 or first < 0 or last + length > store.n_samples:
-        raise IndexError(f"pieces of {length} samples from {first} to {last}: clips have {store.n_samples}")
+_STEP = np.float32(2 ** -15) # one step of a 16-bit integer
+
+def _pieces(store: Store, ids: list[int], starts: list[int], length: int | None) -> np.ndarray: # (B, T) float32
+    clips = [store[i] for i in ids]
+    if length is None: length = _common_length(store, ids) - max(starts, default=0)
+    for i, clip, start in zip(ids, clips, starts):
+        if length < 1 or not 0 <= start <= len(clip) - length:
+            raise IndexError(f"clip {i} has {len(clip)} samples, got a piece of {length} from {start}")
     batch = np.empty((len(ids), length), np.float32)
-    for row, i, start in zip(batch, ids, starts): np.multiply(store[i][start:start + length], np.float32(2 ** -15), out=row)
+    for row, clip, start in zip(batch, clips, starts):
+        row[:] = clip[start:start + length] # two quick passes: converted while copied, scaled while still in the processor's cache
+        row *= _STEP
     return batch
+
+def _common_length(store: Store, ids: list[int]) -> int:
+    found = {int(store.lengths[i]) for i in ids} or {store.n_samples or 0}
+    if len(found) > 1: raise ValueError(f"the clips differ in length, from {min(found)} to {max(found)} samples: say which `length` you want")
+    return found.pop()
 
 # %% ../../nbs/12_store.ipynb #9b04b26e
 def derive(
@@ -161,9 +200,10 @@ def derive(
     progress: bool = True, # show a bar
 ) -> Store: # as many clips, of the same seconds
     """A copy at another sample rate, by soxr; a finished copy is opened, a begun one continued."""
-    n_samples = resampled_length(store.n_samples, store.sample_rate, sample_rate)
+    n_samples = None if store.n_samples is None else resampled_length(store.n_samples, store.sample_rate, sample_rate)
     writer = StoreWriter(folder, store.n, n_samples, sample_rate, store.index["chunk"])
     for chunk in tqdm(writer.missing(), desc=f"{sample_rate} Hz", disable=not progress):
-        clips = np.stack([store[i] for i in writer.rows(chunk)]) / np.float32(32768)
-        writer.write(chunk, to_int16(np.clip(resample(clips, store.sample_rate, sample_rate), -1, 1)))
+        clips = [resample(store[i] / np.float32(32768), store.sample_rate, sample_rate) for i in writer.rows(chunk)]
+        clips = [to_int16(np.clip(clip, -1, 1)) for clip in clips]
+        writer.write(chunk, clips if n_samples is None else np.stack(clips))
     return writer.finish({**store.meta, "derived_from_hz": store.sample_rate})
