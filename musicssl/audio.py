@@ -185,7 +185,8 @@ def read(
         raise ValueError(f"got start {start} s, seconds {seconds}, sample_rate {sample_rate} Hz; wanted start >= 0 and the others > 0")
     with _opened(path) as file:
         if (promised := _promised(file)) > file.frames:
-            raise TruncatedAudio(path, f"the header promises {promised / file.samplerate:.3f} s, the file holds {file.frames / file.samplerate:.3f} s")
+            raise TruncatedAudio(path, f"the header promises {promised / file.samplerate:.3f} s, "
+                                       f"the file holds {file.frames / file.samplerate:.3f} s")
         if file.format == "OGG" and not _has_end(path):
             raise TruncatedAudio(path, f"the stream breaks off after {file.frames / file.samplerate:.3f} s, without its mark of the end")
         total, first = resampled_length(file.frames, file.samplerate, sample_rate), round(start * sample_rate)

@@ -3,11 +3,14 @@ import json
 import os
 import pickle
 import struct
+import sys
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import soundfile as sf
 import torch
+from scipy.signal import resample as fourier_resample
 
 from musicssl import audio
 from musicssl.audio import (NotFiniteAudio, Quarantine, TooManyBadFiles, TooShortAudio, TruncatedAudio, UnreadableAudio, info,
@@ -29,6 +32,14 @@ def tones(rate, seconds=2):
 def decibels(got, wanted):
     assert len(got) == len(wanted)
     return 20 * np.log10(np.linalg.norm(np.asarray(got) - np.asarray(wanted)) / np.linalg.norm(wanted) + 1e-12)
+
+
+def late(got, wanted):
+    """Samples by which one wave comes after the other, where they are most alike."""
+    n = len(wanted)
+    alike = np.fft.irfft(np.fft.rfft(got, 2 * n) * np.conj(np.fft.rfft(wanted, 2 * n)))
+    best = int(np.argmax(alike))
+    return best if best < n else best - 2 * n
 
 
 def cut(path, share=.5):
@@ -72,6 +83,54 @@ def test_truncated_flac(tmp_path):
     with pytest.raises((TruncatedAudio, UnreadableAudio), match="a.flac"): read(path, RATE)
 
 
+@pytest.mark.parametrize("subtype, rate", [("VORBIS", RATE), ("OPUS", 48000)])
+def test_truncated_ogg(tmp_path, subtype, rate):
+    """Anywhere: in the middle, at the border of two pages, one byte before the end."""
+    path = tmp_path / "a.ogg"
+    sf.write(path, noise(10, rate), rate, format="OGG", subtype=subtype)
+    whole = path.read_bytes()
+    assert len(read(path, rate)) == 10 * rate
+    for end in (len(whole) // 2, whole.rfind(b"OggS"), len(whole) - 1):
+        path.write_bytes(whole[:end])
+        assert len(sf.read(path)[0]) < 10 * rate, "soundfile is silent about it"
+        with pytest.raises(TruncatedAudio, match="a.ogg.*without its mark of the end"): read(path, rate)
+        with pytest.raises(TruncatedAudio): read(path, rate, start=0., seconds=.1)
+
+
+def without_length(path):
+    """Take off an MP3's first frame, which holds no sound but the length and the coder's delay."""
+    data = path.read_bytes()
+    assert {b"Xing", b"Info"} & {data[k:k + 4] for k in range(64)}
+    path.write_bytes(data[data.index(data[:2], 4):])
+
+
+def test_an_mp3_without_its_length_promises_nothing(tmp_path):
+    """What the notebook says of such files: when this fails, they have become readable and the notebook is to be changed."""
+    path = tmp_path / "a.mp3"
+    wave = noise(10, 44100)
+    wave[len(wave) // 2:] *= .001
+    sf.write(path, wave, 44100, bitrate_mode="CONSTANT")
+    without_length(path)
+    assert late(read(path, 44100)[:len(wave)], wave) == 1105
+    cut(path)
+    assert len(read(path, 44100)) < 6 * 44100, "a cut goes unnoticed"
+    sf.write(path, wave, 44100, bitrate_mode="VARIABLE", compression_level=.3)
+    without_length(path)
+    assert len(read(path, 44100)) < 6 * 44100, "the end of a variable rate is lost"
+
+
+def test_a_flac_of_unknown_length(tmp_path):
+    """A stream's header says 0 samples: reading it whole asked for more memory than there is, with an error of no type."""
+    path = tmp_path / "a.flac"
+    sf.write(path, noise(), RATE)
+    data = bytearray(path.read_bytes())
+    data[21] &= 0xF0
+    data[22:26] = bytes(4)
+    path.write_bytes(data)
+    with pytest.raises(UnreadableAudio, match="a.flac.*does not say how long"): read(path, RATE)
+    with pytest.raises(UnreadableAudio): info(path)
+
+
 def test_a_stream_of_unknown_length_is_whole(tmp_path):
     path = tmp_path / "stream.wav"
     sf.write(path, noise(), RATE)
@@ -82,7 +141,7 @@ def test_a_stream_of_unknown_length_is_whole(tmp_path):
 
 
 def test_trailing_tags_are_not_a_truncation(tmp_path):
-    for name in ("a.wav", "a.mp3"):
+    for name in ("a.wav", "a.mp3", "a.ogg"):
         sf.write(tmp_path / name, noise(), RATE)
         with open(tmp_path / name, "ab") as file: file.write(b"TAG" + bytes(125))
         assert len(read(tmp_path / name, RATE)) == SECONDS * RATE
@@ -212,7 +271,8 @@ def test_silence_row_by_row():
 
 ODD = {"stereo": (44100, 2, "WAV", "PCM_16"), "5.1": (48000, 6, "WAVEX", "PCM_24"), "96 kHz": (96000, 1, "WAV", "PCM_24"),
        "8 kHz": (8000, 1, "WAV", "PCM_16"), "float": (44100, 1, "WAV", "FLOAT"), "double": (44100, 1, "WAV", "DOUBLE"),
-       "24 bit": (22050, 1, "FLAC", "PCM_24"), "flac": (44100, 2, "FLAC", "PCM_16"), "aiff": (32000, 1, "AIFF", "PCM_16"), "11 kHz": (11025, 1, "WAV", "PCM_16")}
+       "24 bit": (22050, 1, "FLAC", "PCM_24"), "flac": (44100, 2, "FLAC", "PCM_16"), "aiff": (32000, 1, "AIFF", "PCM_16"),
+       "11 kHz": (11025, 1, "WAV", "PCM_16")}
 
 
 @pytest.mark.parametrize("guise", ODD)
@@ -224,10 +284,87 @@ def test_same_content_same_clip(tmp_path, guise, target):
     assert wave.dtype == torch.float32 and wave.ndim == 1 and decibels(wave, tones(target)) < -60
 
 
-def test_eight_bits_hold_what_eight_bits_can(tmp_path):
+# Acceptance: WAV, FLAC, MP3 and Ogg at 8, 44.1 and 96 kHz, mono, stereo and 5.1, 8 to 32 bit.
+
+RATES, CHANNELS, MODEL_RATE = (8000, 44100, 96000), (1, 2, 6), 22050
+ENCODINGS = [("WAV", subtype) for subtype in ("PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE")] + \
+            [("FLAC", subtype) for subtype in ("PCM_S8", "PCM_16", "PCM_24")] + [("OGG", "VORBIS"), ("OGG", "OPUS"), ("MP3", "MPEG_LAYER_III")]
+MATRIX = [(container, subtype, rate, channels) for container, subtype in ENCODINGS for channels in CHANNELS
+          for rate in (*RATES, *([48000] if subtype in ("OPUS", "MPEG_LAYER_III") else []))] # 48 kHz: the highest of those without 96
+
+
+def impossible(container, subtype, rate, channels):
+    """Why a format cannot hold this, or nothing when it can."""
+    if container == "MP3" and channels > 2: return "MPEG audio of this kind has one or two channels"
+    if container == "MP3" and rate > 48000: return "MPEG audio ends at 48 kHz"
+    if subtype == "OPUS" and rate not in (8000, 12000, 16000, 24000, 48000): return "Opus knows five rates: 8, 12, 16, 24 and 48 kHz"
+
+
+def eight_bits(rate):
+    """The error eight bits must make, in dB of our tones: noise of 1/128 / sqrt(12), of which resampling keeps what lies below 11,025 Hz."""
+    noise = 20 * np.log10(1 / 128 / 12**.5 / np.sqrt(np.mean(tones(rate)**2)))
+    return noise - 10 * np.log10(max(1., rate / MODEL_RATE))
+
+
+def bound(container, subtype, rate, channels):
+    """Largest difference to the original, dB; more than -60 where the format itself, at its best setting, does no better: measured."""
+    if subtype in ("PCM_U8", "PCM_S8"): return eight_bits(rate) + .5
+    if container == "MP3": return -58 if rate == 8000 else -49
+    if channels == 6 and (subtype == "OPUS" or rate == 44100) and container == "OGG": return -17    # coders keep only deep sounds of the sixth
+    if container == "OGG": return {8000: -41, 44100: -39, 48000: -40, 96000: -37}[rate]
+    return -60
+
+
+def encode(path, container, subtype, rate, channels):
+    """Our tones in a file, at the format's best quality; eight bits are rounded here, for libsndfile cuts them off."""
+    wave = np.round(tones(rate) * 128) / 128 if subtype in ("PCM_U8", "PCM_S8") else tones(rate)
+    best = {"compression_level": 0.} if container in ("OGG", "MP3") else {}
+    container = "WAVEX" if container == "WAV" and channels > 2 else container
+    sf.write(path, np.stack([wave] * channels, 1), rate, format=container, subtype=subtype, **best)
+
+
+def against_the_codec(clip, path):
+    """Our clip against the codec's own decoding, averaged and resampled by a Fourier transform; dB, below where filters begin."""
+    samples, rate = sf.read(path, always_2d=True)
+    decoded = fourier_resample(samples.mean(1), len(clip))
+    audible = int(.45 * min(rate, MODEL_RATE) * len(clip) / MODEL_RATE)
+    return decibels(np.fft.rfft(clip)[:audible], np.fft.rfft(decoded)[:audible])
+
+
+@pytest.mark.parametrize("cell", MATRIX, ids=lambda cell: f"{cell[0]}-{cell[1]}-{cell[2]}-{cell[3]}")
+def test_every_format_gives_the_same_clip(tmp_path, cell):
+    """A cell is either refused by the writing library, for a reason we can name, or read to its bound, in time, and as the codec decodes it."""
+    if impossible(*cell):
+        with pytest.raises(sf.LibsndfileError): encode(tmp_path / "a", *cell)
+        return
+    encode(tmp_path / "a", *cell)
+    clip, original = read(tmp_path / "a", MODEL_RATE).numpy(), tones(MODEL_RATE)
+    assert len(clip) == len(original) and late(clip, original) == 0
+    assert decibels(clip, original) < bound(*cell)
+    assert against_the_codec(clip, tmp_path / "a") < -60
+
+
+def test_every_lossless_format_of_sixteen_bits_and_more_is_held_to_sixty():
+    assert all(bound(*cell) == -60 for cell in MATRIX if cell[0] in ("WAV", "FLAC") and not cell[1].endswith("8"))
+
+
+@pytest.mark.parametrize("name", ["a.wav", "a.flac"])
+def test_content_of_eight_bits_survives_eight_bits(tmp_path, name):
     coarse = np.round(noise() * 128) / 128
-    sf.write(tmp_path / "a.wav", coarse, RATE, subtype="PCM_U8")
-    assert decibels(read(tmp_path / "a.wav", RATE), coarse) < -60
+    sf.write(tmp_path / name, coarse, RATE, subtype="PCM_U8" if name == "a.wav" else "PCM_S8")
+    assert decibels(read(tmp_path / name, RATE), coarse) < -60
+
+
+@pytest.mark.parametrize("name, rate", [("a.mp3", 44100), ("a.mp3", 8000), ("a.ogg", 44100), ("a.opus", 48000)])
+def test_lossy_formats_are_in_time(tmp_path, name, rate):
+    """Sharp sounds at known places are found there, to the sample: the coder's delay and padding are taken off."""
+    clicks = np.zeros(3 * rate, np.float32)
+    clicks[[rate // 2, rate, 2 * rate + 17]] = .9
+    kind = {"format": "OGG", "subtype": "OPUS"} if name == "a.opus" else {}
+    sf.write(tmp_path / name, clicks, rate, compression_level=0., **kind)
+    wave = read(tmp_path / name, rate).numpy()
+    assert len(wave) == len(clicks) and late(wave, clicks) == 0
+    assert sorted(np.argsort(np.abs(wave))[-3:]) == [rate // 2, rate, 2 * rate + 17]
 
 
 def test_channels_are_averaged(tmp_path):
@@ -236,7 +373,8 @@ def test_channels_are_averaged(tmp_path):
     np.testing.assert_allclose(read(tmp_path / "a.wav", RATE), channels.mean(1), atol=1e-6)
 
 
-@pytest.mark.parametrize("container, subtype, rate", [("WAV", "FLOAT", 44100), ("FLAC", "PCM_24", 48000), ("WAV", "FLOAT", 22050), ("WAV", "FLOAT", 8000), ("MP3", None, 44100)])
+@pytest.mark.parametrize("container, subtype, rate", [("WAV", "FLOAT", 44100), ("FLAC", "PCM_24", 48000), ("WAV", "FLOAT", 22050),
+                                                      ("WAV", "FLOAT", 8000), ("MP3", None, 44100)])
 @pytest.mark.parametrize("target", [22050, 16000])
 def test_a_segment_is_a_slice_of_the_whole(tmp_path, container, subtype, rate, target):
     sf.write(tmp_path / "a", noise(rate=rate), rate, format=container, subtype=subtype)
@@ -320,3 +458,115 @@ def test_all_short_is_an_error_that_says_so(tmp_path):
     with pytest.raises(TooManyBadFiles, match="5 of 5 files are bad .5 TooShortAudio"):
         list(read_many(paths, 8000, seconds=.5, quarantine=Quarantine(limit=1.)))
     assert len(list(read_many(paths, 8000, seconds=.5, pad=True, quarantine=Quarantine()))) == 5
+
+
+# Each row once more with its protection removed: the tests above must notice.
+
+def plain(path, file, first, count):
+    """The reader everybody writes first: whatever comes, averaged."""
+    file.seek(first)
+    return file.read(count, dtype="float32", always_2d=True).mean(1)
+
+
+def first_channel(path, file, first, count):
+    file.seek(first)
+    return file.read(count, dtype="float32", always_2d=True)[:, 0]
+
+
+def by_straight_lines(wave, from_rate, to_rate):
+    return np.interp(np.arange(resampled_length(len(wave), from_rate, to_rate)) * from_rate / to_rate, np.arange(len(wave)), wave).astype(np.float32)
+
+
+def without_a_margin(path, file, to_rate, first, count):
+    start, end = (round(place * file.samplerate / to_rate) for place in (first, first + count))
+    return resample(audio._decode(path, file, start, end - start), file.samplerate, to_rate)[:count]
+
+
+def by_recursion(paths, sample_rate, start=0., seconds=None, pad=False, quarantine=None):
+    """As in the companion code of the first paper: an index is tried, and when its clip is short, the next one."""
+    def clip(n):
+        try: return paths[n], read(paths[n], sample_rate, start, seconds, pad)
+        except TooShortAudio as error:
+            quarantine.flag(error.path, "TooShortAudio")
+            return clip(n + 1)
+    return (clip(n) for n in range(len(paths)))
+
+
+def believed(file):
+    """Whatever the log says was promised, streams of unknown length included."""
+    return max([file.frames, *(int(said) for said, _ in audio._CORRECTED.findall(file.extra_info))])
+
+
+@contextmanager
+def no_guard(self, path):
+    self.seen.add(str(path))
+    yield
+
+
+WAV = UNCOMPRESSED[0]
+MUTATIONS = { # what is removed: where, its name, what stands there instead, the check
+    "R5: the header's promise is not read":
+        (audio, "_promised", lambda file: file.frames, lambda at: test_truncated_uncompressed(at, *WAV, .5)),
+    "R5: a promise of 4 GB is believed":
+        (audio, "_promised", believed, lambda at: test_a_stream_of_unknown_length_is_whole(at)),
+    "R5: the decoded length is not compared":
+        (audio, "_decode", plain, lambda at: test_truncated_mp3(at)),
+    "R5: an MP3 may end anywhere":
+        (audio, "_MP3_SLACK", 10**9, lambda at: test_truncated_mp3(at)),
+    "R5: the end of an Ogg stream is not looked for":
+        (audio, "_has_end", lambda path: True, lambda at: test_truncated_ogg(at, "VORBIS", RATE)),
+    "R5: any page of an Ogg stream will do for its last":
+        (audio, "_has_end", lambda path: b"OggS" in path.read_bytes()[-2**17:], lambda at: test_truncated_ogg(at, "OPUS", 48000)),
+    "R6: opening is not guarded":
+        (audio, "_opened", sf.SoundFile, lambda at: test_not_audio(at, "a.wav", b"not audio")),
+    "R6: a length nobody knows is believed":
+        (audio, "_opened", sf.SoundFile, lambda at: test_a_flac_of_unknown_length(at)),
+    "R6: decoding is not guarded":
+        (audio, "_decode", plain, lambda at: test_corrupt(at)),
+    "R6: the quarantine has no limit":
+        (Quarantine, "check", lambda self: None, lambda at: test_stop_above_the_limit(at)),
+    "R6: the quarantine skips nothing":
+        (Quarantine, "guard", no_guard, lambda at: test_skip_and_count_up_to_the_limit(at)),
+    "R7: NaN passes":
+        (audio, "_decode", plain, lambda at: test_not_finite(at, np.nan, 5)),
+    "R7: channels are averaged before infinity is looked for":
+        (audio.np, "isfinite", lambda wave: ~np.isinf(wave), lambda at: test_opposite_infinities_do_not_cancel(at)),
+    "R7: nothing is silent":
+        (audio, "is_silent", lambda wave: torch.tensor(False), lambda at: test_silent_clips_are_flagged_and_kept(at, np.zeros(8000), True)),
+    "R7: an offset is a sound":
+        (audio, "is_silent", lambda wave: wave.abs().amax() < 1e-4, lambda at: test_silent_clips_are_flagged_and_kept(at, np.full(8000, .5), True)),
+    "R8: the rate stays as stored":
+        (audio, "resample", lambda wave, a, b: wave, lambda at: test_same_content_same_clip(at, "96 kHz", 22050)),
+    "R8: resampling by straight lines":
+        (audio, "resample", by_straight_lines, lambda at: test_every_format_gives_the_same_clip(at, ("WAV", "PCM_24", 8000, 1))),
+    "R8: the first channel stands for all":
+        (audio, "_decode", first_channel, lambda at: test_channels_are_averaged(at)),
+    "R8: the first channel stands for all six of an Ogg file":
+        (audio, "_decode", first_channel, lambda at: test_every_format_gives_the_same_clip(at, ("OGG", "VORBIS", 44100, 6))),
+    "R8: a segment is resampled by itself":
+        (audio, "_segment", without_a_margin, lambda at: test_a_segment_is_a_slice_of_the_whole(at, "WAV", "FLOAT", 44100, 16000)),
+    "R9: a short clip is passed over by recursion":
+        (None, "read_many", by_recursion, lambda at: test_two_thousand_short_ones_in_a_row(at)),
+    "R9: past the last clip there is another":
+        (None, "read_many", by_recursion, lambda at: test_short_ones_are_dropped(at, [1, 1, .1])),
+    "R9: short clips count as broken":
+        (audio, "_NOT_BROKEN", (), lambda at: test_two_thousand_short_ones_in_a_row(at)),
+    "R9: an empty data set is a data set":
+        (Quarantine, "check", lambda self: None, lambda at: test_all_short_is_an_error_that_says_so(at)),
+}
+NOTICED = AssertionError, pytest.fail.Exception, sf.SoundFileError, TooManyBadFiles, ValueError, IndexError, RecursionError
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_without_its_protection_the_check_fails(tmp_path, monkeypatch, mutation):
+    where, name, instead, check = MUTATIONS[mutation]
+    check_passes = tmp_path / "with"
+    check_passes.mkdir()
+    check(check_passes)
+    monkeypatch.setattr(where or sys.modules[__name__], name, instead)
+    (tmp_path / "without").mkdir()
+    with pytest.raises(NOTICED): check(tmp_path / "without")
+
+
+def test_every_row_has_a_mutation():
+    assert {mutation[:2] for mutation in MUTATIONS} == {"R5", "R6", "R7", "R8", "R9"}
