@@ -1,12 +1,18 @@
 """The readers against real files, the table against damage, and the build against everything that may go missing."""
+import csv
+import hashlib
+import itertools
+import string
 import subprocess
 import sys
 import textwrap
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from musicssl import settings
 from musicssl.data import scores
 from musicssl.data.abc import read_abc
 from musicssl.data.notation import TICKS, read_musicxml
@@ -151,3 +157,97 @@ def test_a_script_without_a_guard(tmp_path):
     """))
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, cwd=Path(scores.__file__).parents[2], timeout=120)
     assert done.returncode == 0 and done.stdout.split() == ["49"] and "worker processes could not start" in done.stderr
+
+
+def test_grouping_again_gives_the_kept_groups(table):
+    """The groups decide the splits of every corpus made so far."""
+    if table.facts["source"] != SOURCE: pytest.skip("another music21 or another version of the readers")
+    assert scores.group_scores(list(table)) == table.groups.tolist()
+
+
+# The composition grouping against the pairs that were read, data/grouping/judged_pairs.csv
+READ = dict(fingerprint=20, title=6, transitive=4, cover=14, few=10, name=6)
+JOINED = ("fingerprint", "title", "transitive")
+
+
+@pytest.fixture(scope="module")
+def judged():
+    with open(settings.root() / "data/grouping/judged_pairs.csv", newline="", encoding="utf8") as file: return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def drawn(table):
+    """The list of pairs, made here without the notebook's code: sets of fingerprints, title by title, group by group."""
+    if table.facts["source"] != SOURCE: pytest.skip("another music21 or another version of the readers")
+    prints, owners = [set(scores.fingerprints(score).tolist()) for score in table], {}
+    for index, own in enumerate(prints):
+        for number in own: owners.setdefault(number, []).append(index)
+    shared, titles, groups = {}, {}, {}
+    for having in owners.values():
+        if len(having) <= 20:
+            for pair in itertools.combinations(having, 2): shared[pair] = shared.get(pair, 0) + 1
+    noise, kept = {"the", "a", "an", "of", "or", "reel", "jig", "hornpipe", "strathspey", "clog"}, string.ascii_lowercase + string.digits + " "
+    for index, score in enumerate(table):
+        groups.setdefault(score.group, []).append(index)
+        words = [word for word in "".join(c for c in score.title.lower() if c in kept).split() if word not in noise]
+        if score.collection in ("oneill", "aird", "ryan") and words: titles.setdefault(" ".join(words), []).append(index)
+    def pairs(buckets): return {pair for bucket in buckets for pair in itertools.combinations(bucket, 2)}
+    long_title = pairs(same for title, same in titles.items() if " " in title and len(title) > 7 and len(same) <= 8)
+    word, together = pairs(same for title, same in titles.items() if " " not in title and len(title) >= 5), pairs(groups.values())
+    found = {kind: [] for kind in READ}
+    for pair in set(shared) | word | together:
+        n = shared.get(pair, 0)
+        cover = n / min(len(prints[i]) for i in pair) if n else 0
+        linked = "fingerprint" if n >= 5 and cover >= .3 else "title" if pair in long_title else "transitive"
+        near = "cover" if n >= 5 and cover >= .15 else "few" if 2 <= n < 5 and cover >= .1 else "name" if pair in word else None
+        kind = linked if pair in together else near
+        if kind: found[kind].append((*(table.ids[i] for i in pair), str(n), f"{cover:.3f}"))
+    def lot(row): return hashlib.sha256(f"grouping|{row[0]}|{row[1]}".encode()).digest()
+    return {kind: sorted(rows, key=lot) for kind, rows in found.items()}
+
+
+def listed(rows): return [tuple(row[name] for name in ("score_id_a", "score_id_b", "how", "shared", "cover")) for row in rows]
+
+
+def test_the_judged_pairs_are_the_drawn_ones(judged, drawn):
+    """Mutations: a pair that was picked instead of drawn, two pairs in another order, a changed number."""
+    assert {kind: len(rows) for kind, rows in drawn.items()} == dict(fingerprint=820, title=269, transitive=128, cover=189, few=154, name=60)
+    expected = [(a, b, kind, shared, cover) for kind, n in READ.items() for a, b, shared, cover in drawn[kind][:n]]
+    assert listed(judged) == expected
+    a, b, shared, cover = drawn["fingerprint"][READ["fingerprint"]]
+    picked = [judged[0] | dict(score_id_a=a, score_id_b=b, shared=shared, cover=cover), *judged[1:]]
+    for wrong in (picked, [judged[1], judged[0], *judged[2:]], [judged[0] | dict(shared="20"), *judged[1:]]): assert listed(wrong) != expected
+
+
+def test_every_pair_is_judged(judged):
+    assert len(judged) == 60 and set(judged[0]) == {"score_id_a", "score_id_b", "kind", "how", "shared", "cover", "verdict", "reason"}
+    for row in judged:
+        assert row["verdict"] in ("same", "different", "doubtful") and 3 <= len(row["reason"].split()) <= 15, row
+        assert row["kind"] == ("joined" if row["how"] in JOINED else "near miss"), row
+
+
+def test_what_was_read_says_what_the_notebook_prints(judged, table):
+    """Precision of the joins, share of truly the same near misses, and missed pairs in different splits."""
+    counts = Counter((row["kind"], row["verdict"]) for row in judged)
+    assert [counts["joined", verdict] for verdict in ("same", "doubtful", "different")] == [25, 1, 4]
+    assert [counts["near miss", verdict] for verdict in ("same", "doubtful", "different")] == [14, 3, 13]
+    same = Counter(row["how"] for row in judged if row["verdict"] == "same")
+    assert same == dict(fingerprint=20, title=3, transitive=2, cover=9, few=2, name=3)
+    if table.facts["source"] != SOURCE: pytest.skip("another music21 or another version of the readers")
+    ends = [{scores.split_of(table[row[name]].group) for name in ("score_id_a", "score_id_b")} for row in judged
+            if row["kind"] == "near miss" and row["verdict"] == "same"]
+    assert sum(len(end) == 2 for end in ends) == 6 and ends.count({"train", "test"}) == 5
+    assert all(table[row["score_id_a"]].group == table[row["score_id_b"]].group for row in judged if row["kind"] == "joined")
+    assert all(table[row["score_id_a"]].group != table[row["score_id_b"]].group for row in judged if row["kind"] == "near miss")
+
+
+def test_share_of_leaking_scores(judged, drawn, table):
+    """The estimate of the notebook: near misses are the same as often as those that were read."""
+    chance = {kind: sum(row["verdict"] == "same" for row in judged if row["how"] == kind) / READ[kind] for kind in READ}
+    alone = {score.score_id: 1. for score in table if scores.split_of(score.group) == "test"}
+    for kind in set(READ) - set(JOINED):
+        for *pair, _, _ in drawn[kind]:
+            for one, other in (pair, pair[::-1]):
+                if one in alone and scores.split_of(table[other].group) == "train": alone[one] *= 1 - chance[kind]
+    leak = {voices: np.mean([1 - p for name, p in alone.items() if table[name].voices == voices]) for voices in ("one", "many")}
+    assert round(leak["one"], 3) == .046 and round(leak["many"], 3) == .092 and round(.7 * leak["one"] + .3 * leak["many"], 3) == .059

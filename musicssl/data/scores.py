@@ -95,12 +95,15 @@ def shared_fingerprints(
 # %% ../../nbs/10_scores.ipynb #66d0b5a6
 _TITLE_NOISE = {"the", "a", "an", "of", "or", "reel", "jig", "hornpipe", "strathspey", "clog"}
 
+def _title(score: Score) -> tuple[str, ...]: # its telling words; none outside the tune books
+    if score.collection not in TUNE_BOOKS: return ()
+    return tuple(w for w in re.sub(r"[^a-z0-9 ]", "", score.title.lower()).split() if w not in _TITLE_NOISE)
+
 def _same_title(scores: Sequence[Score]) -> list[tuple[int, int]]:
     titles = defaultdict(list)
-    for index, score in enumerate(scores):
-        words = [w for w in re.sub(r"[^a-z0-9 ]", "", score.title.lower()).split() if w not in _TITLE_NOISE]
-        if score.collection in TUNE_BOOKS and len(words) >= 2 and len(" ".join(words)) > 7: titles[tuple(words)].append(index)
-    return [(same[0], other) for same in titles.values() if len(same) <= 8 for other in same[1:]]
+    for index, words in enumerate(map(_title, scores)):
+        if len(words) >= 2 and len(" ".join(words)) > 7: titles[words].append(index)
+    return [pair for same in titles.values() if len(same) <= 8 for pair in itertools.combinations(same, 2)]
 
 def group_scores(
     scores: Sequence[Score], # all scores of a corpus
