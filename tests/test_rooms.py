@@ -8,7 +8,8 @@ import pytest
 from imports_of import PACKAGE, all_imports, rooms
 
 # A room imports only from rooms above it.
-ORDER = ["settings", "files", "compat", "audio", "features",
+ORDER = ["settings", "files", "compat", "audio",
+         "features.mel", "features.spectral", "features.cqt", "features.rhythm",
          "data.notation", "data.abc", "data.scores", "data.sampler", "data.store", "data.arrange", "data.deal", "data.scorebox",
          "data.captions", "data.notes", "data.folder", "data.shards", "data.loader",
          "augment", "encoders.base", "encoders.samplecnn", "objectives.clmr", "objectives.supervised",
