@@ -118,7 +118,7 @@ def _key(tonic: str | None, mode: str | None, metre: str | None) -> str:
 def phrases_of(
     said: dict[str, Any], # facts to state, as from `facts_of`, true or not
     draws: Callable[..., Draws], # `draws(name)` gives the stream of one decision
-) -> Phrases:
+) -> Phrases: # ready for any of `PLANS`
     """Put facts into words; each word is drawn from a stream of its own, so that one fact does not change another one's words."""
     def word(fact, value): return draws("word", fact, value).choice(WORDS[fact][value])
     spoken = {fact: word(fact, said[fact]) for fact in ("tempo", "genre", "mode", "metre", "texture") if fact in said}
@@ -203,7 +203,7 @@ def caption(
     noise: float = 0., # p in [0, 1]: each fact is left out with p, instruments and tempo are falsified with p/2
     variant: int = 0, # 0, 1, ...: another caption of the same clip
     seed: int = 0, # another seed, another set of captions
-) -> Caption:
+) -> Caption: # with what is right and wrong in it
     """One caption of a clip: a function of its arguments alone. Raises: `ValueError` for noise outside [0, 1] or a row that lacks a column."""
     if not 0 <= noise <= 1: raise ValueError(f"got noise {noise}, wanted a probability in [0, 1]")
     facts, draws = facts_of(row), partial(Draws, "caption", seed, row["clip_id"], variant)
