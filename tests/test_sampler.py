@@ -153,3 +153,15 @@ def test_notes_get_their_defaults_and_empty_is_silence(play):
 def test_what_cannot_be_played_is_refused(play):
     with pytest.raises(ValueError, match="note 0 cannot be played"): play.render([(float("nan"), 1, 60)], 100)
     with pytest.raises(ValueError, match="no program 3 in bank 9"): play.render([(0, 1, 60, 80, 9, 3)], 100)
+
+
+def test_the_rate_moves_no_pitch(play):
+    """24 kHz is rendered, not resampled: every program sounds at the same frequency."""
+    wide = Sampler(sample_rate=24_000)
+    for instrument in INSTRUMENTS.values():
+        for program in instrument.programs if instrument.bank == 0 else ():
+            key = (instrument.low + instrument.high) // 2
+            tones = ((s.render([(0, 1, key, 90, 0, program)], s.sample_rate)[s.sample_rate // 10:], s.sample_rate) for s in (wide, play))
+            ours, theirs = (pitch_of(*tone) for tone in tones)
+            assert abs(1200 * np.log2(ours / theirs)) < 1, (program, ours, theirs)
+            assert abs(cents_off(ours, key)) < 25, (program, ours)
