@@ -12,7 +12,8 @@ ORDER = ["settings", "files", "compat", "audio",
          "features.mel", "features.spectral", "features.cqt", "features.rhythm",
          "data.notation", "data.abc", "data.scores", "data.sampler", "data.store", "data.arrange", "data.deal", "data.scorebox",
          "data.captions", "data.notes", "data.folder", "data.shards", "data.loader",
-         "augment", "encoders.base", "encoders.samplecnn", "objectives.clmr", "objectives.supervised",
+         "augment.base", "augment.linear", "augment.pitch", "augment.distortions", "augment.mixture", "augment.clmr",
+         "encoders.base", "encoders.samplecnn", "objectives.clmr", "objectives.supervised",
          "checkpoint", "train", "probe", "records", "report",
          "experiments.scorebox", "experiments.clmr", "reproduce"]
 # Rooms that know no paper: no network, objective or experiment may enter, only the contract of an encoder.
