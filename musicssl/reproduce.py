@@ -19,15 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-import nbformat
-import papermill
-from doit.cmd_base import ModuleTaskLoader
-from doit.doit_cmd import DoitMain
-from doit.exceptions import TaskFailed
-from doit.tools import config_changed
-from papermill.exceptions import PapermillExecutionError
-
-from . import files, records, report, settings
+from . import files, records, settings
+from .data import folder as audio_folder
 
 # %% ../nbs/80_reproduce.ipynb #da27cab1
 @dataclass(frozen=True)
@@ -70,6 +63,7 @@ def execute(
 
     Raises: `NotebookFailed` when the `parameters` tag is missing or a cell fails.
     """
+    import nbformat, papermill
     source = nbformat.read(notebook, as_version=4)
     if not any("parameters" in cell.metadata.get("tags", []) for cell in source.cells):
         raise NotebookFailed(f"{notebook.name}: no cell is tagged `parameters`, so papermill would run it at its defaults")
@@ -86,6 +80,7 @@ def execute(
 
 # %% ../nbs/80_reproduce.ipynb #bdfeefce
 def _what_failed(error: Exception) -> str:
+    from papermill.exceptions import PapermillExecutionError
     if not isinstance(error, PapermillExecutionError): return f"{type(error).__name__}: {error}"
     return f"cell {error.cell_index} ({error.source.strip().splitlines()[0]} ...)\n  {error.ename}: {error.evalue}"
 
@@ -147,6 +142,8 @@ def _is_fresh(chapter: Chapter, profile: str) -> bool:
     return all(records.find(config, record_folder(chapter.name, profile)) for config in experiment_of(chapter.name).grid(profile))
 
 def _tasks(selected: list[Chapter], profile: str):
+    from doit.exceptions import TaskFailed
+    from doit.tools import config_changed
     shared = [*sorted(Path(records.__file__).parent.rglob("*.py")), *sorted((settings.root() / "data" / "reported").glob("*.csv")),
               settings.root() / "constraints.txt"]
     for chapter in selected:
@@ -168,6 +165,7 @@ def reproduce(
 
     Raises: `ValueError` for a profile or a chapter that does not exist, `files.Locked` while another process is at this profile.
     """
+    from musicssl import report
     settings.load(profile)
     selected, began, folder = chapters(only), time.monotonic(), settings.figures_dir(profile)
     with files.lock(folder / ".locks" / "reproduce"):
@@ -180,6 +178,8 @@ def reproduce(
     return int(failed != 0)
 
 def _do(selected: list[Chapter], profile: str, folder: Path) -> int:
+    from doit.cmd_base import ModuleTaskLoader
+    from doit.doit_cmd import DoitMain
     doit = DoitMain(ModuleTaskLoader({"task_chapter": lambda: _tasks(selected, profile)}), config_filenames=(),
                     extra_config={"GLOBAL": {"backend": "json", "dep_file": str(folder / ".doit.json"), "continue": True}})
     return doit.run([])
@@ -205,21 +205,59 @@ def _parser() -> argparse.ArgumentParser:
     runs = commands.add_parser("runs", help="look at or fill the grid of runs")
     runs.add_argument("action", choices=("list", "status", "run"))
     for command in (whole, runs):
-        command.add_argument("--profile", default=settings.default_profile(), choices=settings.profiles(), help="default: %(default)s")
+        command.add_argument("--profile", help="a profile of settings.ini; default: the one it names")
         command.add_argument("--paper", help="one chapter alone, e.g. clmr")
+    _data_parser(commands.add_parser("data", help="prepare a folder of audio; list, explain or check what there is"))
     return parser
 
+def _data_parser(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", required=True)
+    new = actions.add_parser("prepare", help="decode a folder of audio once, so that it can be trained on")
+    new.add_argument("folder", help="any nesting, any format soundfile reads")
+    new.add_argument("--table", metavar="CSV", help="labels; default: labels.csv in the folder, if there is one")
+    new.add_argument("--rate", type=int, default=22_050, metavar="HZ", help="sample rate; default: %(default)s")
+    new.add_argument("--out", metavar="DIR", help="where the result goes; default: the cache")
+    new.add_argument("--workers", type=int, metavar="N", help="processes; default: as many as there are cores, fewer for a small folder")
+    new.add_argument("--bad", type=float, default=.01, metavar="SHARE", help="broken files that are tolerated, 0 to 1; default: %(default)s")
+    new.add_argument("--min-seconds", type=float, default=0., metavar="S", help="leave out shorter tracks; default: none")
+    actions.add_parser("list", help="corpora and prepared folders in the cache")
+    any_one = dict(metavar="NAME_OR_PATH", help="a name that `list` shows, or how it begins; or a path")
+    actions.add_parser("info", help="what a corpus, a prepared folder, a folder of audio or a sound file is").add_argument("thing", **any_one)
+    actions.add_parser("check", help="read all of it; exit status 1 if it is damaged").add_argument("thing", **any_one)
+
+# %% ../nbs/80_reproduce.ipynb #26858342
 def main(
     arguments: list[str] | None = None, # what follows `musicssl` on the command line; None: `sys.argv`
 ) -> int: # the exit status
     """The command `musicssl`."""
     given = _parser().parse_args(arguments)
     try:
-        if given.command == "reproduce": return reproduce(given.profile, given.paper, given.fresh)
-        for chapter in chapters(given.paper): _runs(chapter.name, given.profile, given.action)
+        if given.command == "data": return _data(given)
+        profile = given.profile or settings.default_profile()
+        if given.command == "reproduce": return reproduce(profile, given.paper, given.fresh)
+        for chapter in chapters(given.paper): _runs(chapter.name, profile, given.action)
+    except ModuleNotFoundError as error:
+        print(f"musicssl: {error}; `pip install 'musicssl[nb]'` brings what the notebooks need", file=sys.stderr)
+        return 1
     except (ValueError, files.Locked, records.RunsFailed) as error:
         print(f"musicssl: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("musicssl: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+def _data(given: argparse.Namespace) -> int:
+    try:
+        if given.action == "list": print(audio_folder.cache_listing())
+        elif given.action == "prepare": print(audio_folder.summary(audio_folder.prepare(
+            given.folder, given.out, given.rate, given.table, given.workers, given.bad, given.min_seconds)))
+        elif given.action == "info": print(audio_folder.describe(audio_folder.find_in_cache(given.thing)))
+        else:
+            fine, told = audio_folder.check(audio_folder.find_in_cache(given.thing))
+            print(told)
+            return 0 if fine else 1
+    except (OSError, RuntimeError) as error: raise ValueError(str(error)) from error # too many bad files, damage, no room
     return 0
 
 def _runs(paper: str, profile: str, action: str) -> None:
