@@ -27,7 +27,6 @@ from typing import Any
 
 import numpy as np
 import soundfile
-import torch
 from tqdm import tqdm
 
 from .. import files
@@ -97,13 +96,13 @@ PIECE = 300 # s
 def decode(
     path: Path, # a sound file
     sample_rate: int, # Hz wanted
-) -> tuple[np.ndarray, float]: # (T,) float32 mono in [-1, 1]; the peak before it was turned down
-    """A whole track. Raises: the errors of `musicssl.audio.read`."""
-    pieces = max(1, int(info(path).seconds // PIECE)) # the last one takes what remains
-    wave = np.concatenate([read(path, sample_rate, PIECE * k, PIECE if k < pieces - 1 else None).numpy() for k in range(pieces)])
-    peak = float(max(wave.max(), -wave.min()))
-    wave /= np.float32(max(peak, 1))
-    return wave, peak
+) -> tuple[np.ndarray, float, bool]: # (T,) int16 mono; the peak before it was turned down, 1 is full scale; whether it is silent
+    """A whole track as the store keeps it. Raises: the errors of `musicssl.audio.read`."""
+    last = max(1, int(info(path).seconds // PIECE)) - 1 # the last piece takes what remains
+    pieces = [read(path, sample_rate, PIECE * k, PIECE if k < last else None) for k in range(last + 1)]
+    peak = max(float(piece.abs().max()) for piece in pieces)
+    silent = all(is_silent(piece) for piece in pieces)
+    return np.concatenate([to_int16((piece / max(peak, 1)).numpy()) for piece in pieces]), peak, silent
 
 # %% ../../nbs/17_folder.ipynb #ea620385
 def _plan(facts: list[dict[str, Any]], sample_rate: int) -> dict[str, Any]:
@@ -115,10 +114,9 @@ def _facts_file(folder: Path, chunk: int) -> Path: return folder / f"{chunk:05d}
 def _track(path: Path, sample_rate: int, seen: dict[str, Any]) -> tuple[np.ndarray, dict[str, Any]]:
     nothing = np.zeros(0, np.int16)
     if seen["problem"]: return nothing, seen
-    try: wave, peak = decode(path, sample_rate)
+    try: clip, peak, silent = decode(path, sample_rate)
     except AudioError as error: return nothing, seen | {"problem": type(error).__name__, "detail": error.reason}
-    silent = {"problem": "silent", "detail": "kept"} if is_silent(torch.from_numpy(wave)) else {}
-    return to_int16(wave), seen | {"peak": peak} | silent
+    return clip, seen | {"peak": peak} | ({"problem": "silent", "detail": "kept"} if silent else {})
 
 def make_chunk(
     folder: Path, # of the store
@@ -410,6 +408,7 @@ def summary(
     unnamed = sum(row["split"] == "" for row, seconds in zip(folder.labels, folder.seconds) if seconds)
     out = [f"{n} {problem}" for problem, n in sorted(problems.items())] + [f"{unnamed} not in {folder.origin}"] * (unnamed > 0)
     formats = Counter(fact["format"].partition("/")[0] for fact in folder.facts if fact["format"])
+    origin = f", from {folder.origin}" if folder.origin else ""
     by = f", by up to {20 * math.log10(max(loud)):.1f} dB" if loud else ""
     lines = {"name": folder.name, "path": folder.folder, "from": folder.recipe["source"],
              "sound": f"{len(used)} tracks, {folder.seconds[used].sum() / 3600:.2f} h, {folder.sample_rate} Hz mono, {_megabytes(folder.folder)}",
@@ -417,7 +416,7 @@ def summary(
              "left out": ", ".join(out) or "none", "silent": f"{sum(fact['problem'] == 'silent' for fact in folder.facts)}, kept",
              "turned down": f"{len(loud)} that overshot full scale{by}",
              "split": ", ".join(f"{split} {len(folder.ids(split))}" for split in SPLITS),
-             "labels": f"{len(folder.tag_names)} tags, {sum(map(len, folder.captions))} captions, from {folder.origin or 'nowhere'}"}
+             "labels": f"{len(folder.tag_names)} tags, {sum(map(len, folder.captions))} captions{origin}"}
     return _lines(lines)
 
 def _lines(named: Mapping[str, Any]) -> str: return "\n".join(f"{name:<12}{value}" for name, value in named.items())
