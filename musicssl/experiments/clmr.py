@@ -20,6 +20,7 @@ import torch
 from .. import features, probe, settings, train
 from ..augment import clmr_chain, two_views
 from ..data import scorebox
+from ..data.loader import Loader
 from ..encoders.samplecnn import SampleCNN
 from ..objectives.clmr import CLMR, similarity
 from ..objectives.supervised import Supervised
@@ -95,7 +96,7 @@ def pretrain(
     folder: Path, # log and checkpoints; an interrupted run goes on from there
 ) -> train.Result: # the history of the loss
     """Play the game for `steps` batches of `pairs` songs. Source: CLMR §4."""
-    batches = train.BatchesOf(corpus.wave, corpus.ids("train"), config["pairs"], config["seed"])
+    batches = Loader(corpus.store, corpus.ids("train"), config["pairs"], config["seed"])
     engine = train_config(config, steps=config["steps"], lr=config["learning_rate"])
     return train.fit(objective, batches, engine, folder, about={"corpus": corpus.fingerprint})
 
@@ -175,8 +176,7 @@ def supervised(
     """Train encoder and tagger end to end on a share of the labels. Source: CLMR's official code, supervised mode."""
     objective, clips = Supervised(new_encoder(config), len(corpus.tag_names)), corpus.ids("train")
     labelled = clips[probe.label_subset(corpus.tags[clips], config["fraction"], config["seed"])]
-    batches = train.BatchesOf(corpus.wave, labelled, config["supervised_batch"], config["seed"], corpus.tags,
-                              smaller_ok=True)
+    batches = Loader(corpus.store, labelled, config["supervised_batch"], config["seed"], corpus.tags, smaller_ok=True)
     engine = train_config(config, steps=config["supervised_steps"], lr=config["supervised_learning_rate"],
                           validate_every=config["validate_every"])
     result = train.fit(objective, batches, engine, folder, about={"corpus": corpus.fingerprint}, stop=train.EarlyStop("valid_loss", config["patience"]),

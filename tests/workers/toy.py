@@ -3,7 +3,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from musicssl.train import BatchesOf, seed_everything
+from musicssl.data.loader import Loader
+from musicssl.train import seed_everything
 
 WAVES = torch.sin(torch.arange(64)[:, None] * torch.linspace(.01, .3, 32)[None])
 LABELS = np.linspace(-1, 1, 64)[:, None]
@@ -26,5 +27,5 @@ class Toy(nn.Module):
         return {"loss": error.square().mean(), "absolute": error.detach().abs().mean()}
 
 
-def batches(size=8, seed=0):
-    return BatchesOf(WAVES.__getitem__, range(64), size, seed, labels=LABELS)
+def batches(size=8, seed=0, **options):
+    return Loader(WAVES, batch_size=size, seed=seed, labels=LABELS, **options)
