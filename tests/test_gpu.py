@@ -9,6 +9,7 @@ from musicssl.audio import Batch
 from musicssl.augment import clmr_chain, two_views
 from musicssl.encoders.samplecnn import SampleCNN
 from musicssl.experiments import clmr
+from musicssl.features.cqt import CQT, ChromaCQT
 from musicssl.objectives.clmr import CLMR, nt_xent
 from musicssl.train import TrainConfig, fit
 
@@ -85,3 +86,32 @@ def test_every_arm_of_the_chapter_runs(arm, tmp_path):
     metrics, arrays = clmr.run(config, tmp_path)
     for name in (name for name in arrays if "@" in name): assert 0 <= metrics[name]["pr_auc"] <= 1
     assert sum("@" in name for name in arrays) >= 1
+
+
+@pytest.mark.parametrize("build", [lambda: CQT.preset("mert"), lambda: ChromaCQT(24_000, 320)], ids=["CQT", "ChromaCQT"])
+def test_constant_q_equals_the_cpu_and_waits_for_nothing(build):
+    module, wave = build(), noise(4, 120_000)
+    expected = module(wave)
+    module, wave = module.cuda(), wave.cuda()
+    module(wave)                                             # plans and handles are made at the first call
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.autocast("cuda", torch.bfloat16): found = module(wave)
+    finally: torch.cuda.set_sync_debug_mode("default")
+    assert found.is_cuda and found.dtype == torch.float32
+    assert_close(found.cpu(), expected, atol=1e-4, rtol=1e-3)
+
+
+def test_constant_q_needs_a_quarter_of_nnaudios_memory():
+    """P6, at 8 clips of 5 s: weights and everything in between."""
+    from nnAudio.features.cqt import CQT1992v2
+    wave, peaks = noise(8, 120_000).cuda(), []
+    for build in (lambda: CQT.preset("mert"),
+                  lambda: CQT1992v2(24_000, 320, 32.7, n_bins=336, bins_per_octave=48, pad_mode="constant", verbose=False)):
+        before = torch.cuda.memory_allocated()
+        module = build().cuda()
+        torch.cuda.reset_peak_memory_stats()
+        with torch.no_grad(): module(wave)
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+        del module
+    assert peaks[0] <= peaks[1] / 4, f"peak: {peaks[0] / 1e6:.0f} MB, nnAudio {peaks[1] / 1e6:.0f} MB"
