@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -155,9 +155,17 @@ def _work(source: Any, end: Connection, shelf: Tensor, reading: Any) -> None: # 
             except Exception as error: failure = _noted(error, f"in a worker: {traceback.format_exc()}")
             end.send(failure)
 
+# %% ../../nbs/19_loader.ipynb #0a879a90
+@cache
+def _context() -> Any: # how processes start: a server that has imported this module once, and forks
+    if "forkserver" not in multiprocessing.get_all_start_methods(): return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["musicssl.data.loader"])
+    return context
+
 class _Worker:
     def __init__(self, source: Any, rows: int, samples: int):
-        context = multiprocessing.get_context("spawn")
+        context = _context()
         self.reading, self.shelf = context.RawArray("q", [-1, -1]), torch.empty(2, rows, samples).share_memory_() # batch and clip; two batches
         self.end, theirs = context.Pipe()
         self.process = context.Process(target=_work, args=(source, theirs, self.shelf, self.reading), daemon=True)
@@ -179,7 +187,6 @@ class _Worker:
         np.copyto(wave.numpy(), self.shelf[place].numpy())
         return wave
 
-# %% ../../nbs/19_loader.ipynb #0a879a90
 def _lost(worker: _Worker, number: int, what: str) -> WorkerLost:
     batch, clip = worker.reading
     where = "before its first clip; a script that starts workers needs `if __name__ == '__main__':`" if batch < 0 else \

@@ -11,10 +11,12 @@ import json
 import tarfile
 import zlib
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import soundfile
@@ -97,15 +99,12 @@ def _index(folder: Path, plan: dict) -> dict[str, np.ndarray]: # (n,) each of `_
     paths = [_shard(folder, shard) for shard in range(plan["shards"])]
     if gone := [path.name for path in paths if not path.exists()]: raise CorruptStore(f"{folder}: {len(gone)} shards are missing: {gone[0]}…")
     sizes = np.array([path.stat().st_size for path in paths], np.int64)
-    if (file := folder / "index.npz").exists():
-        with np.load(file, allow_pickle=False) as stored:
-            if np.array_equal(stored["bytes"], sizes): return dict(stored)
+    with suppress(OSError, ValueError, KeyError, BadZipFile), np.load(file := folder / "index.npz", allow_pickle=False) as stored:
+        if np.array_equal(stored["bytes"], sizes): return dict(stored)
     rows = [row for shard, path in enumerate(paths) for row in _walk(path, shard)]
     if len(rows) != plan["n"]: raise CorruptStore(f"{folder}: the shards hold {len(rows)} clips, wanted {plan['n']}; write the short ones again")
     index = {name: np.array(column, kind) for (name, kind), column in zip(_COLUMNS.items(), zip(*rows))} | {"bytes": sizes}
-    try:
-        with atomic(file) as target: np.savez(target, **index)
-    except OSError: pass # a folder one may only read: the walk is repeated next time
+    with suppress(OSError), atomic(file) as target: np.savez(target, **index) # where one may only read, the walk is repeated next time
     return index
 
 # %% ../../nbs/18_shards.ipynb #7fa50ab1
