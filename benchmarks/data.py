@@ -54,7 +54,7 @@ class Size:
 
 
 SIZES = {"full": Size(None, 24, 60., 256, "laptop", 4, 40, True),
-         "quick": Size(3, 10, 60., 64, "smoke", 4, 10, False),
+         "quick": Size(3, 10, 60., 64, "smoke", 2, 10, False),
          "test": Size(1, 10, 3., 8, "test", 2, 10, False)}
 
 
