@@ -1,12 +1,16 @@
 """What only a GPU can show; `make gpu-check` runs this file. Each test fails, not skips, where there is no GPU."""
 import time
 
+import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
 
 from musicssl.audio import Batch
 from musicssl.augment import clmr_chain, two_views
+from musicssl.data import loader as library
+from musicssl.data.loader import Arrays, Loader
+from musicssl.data.store import StoreWriter
 from musicssl.encoders.samplecnn import SampleCNN
 from musicssl.experiments import clmr
 from musicssl.features.cqt import CQT, ChromaCQT
@@ -115,3 +119,71 @@ def test_constant_q_needs_a_quarter_of_nnaudios_memory():
         peaks.append(torch.cuda.max_memory_allocated() - before)
         del module
     assert peaks[0] <= peaks[1] / 4, f"peak: {peaks[0] / 1e6:.0f} MB, nnAudio {peaks[1] / 1e6:.0f} MB"
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """192 clips of noise, 6 s each."""
+    writer = StoreWriter(tmp_path_factory.mktemp("store"), n=192, n_samples=6 * 22_050, sample_rate=22_050)
+    for chunk in writer.missing():
+        writer.write(chunk, np.random.default_rng(chunk).integers(-9000, 9000, (len(writer.rows(chunk)), 6 * 22_050), dtype=np.int16))
+    return writer.finish()
+
+
+def test_a_resident_corpus_gives_the_bits_of_the_memmap(store):
+    read, *resident = [Loader(store, batch_size=48, crop=59_049, resident=where) for where in (None, "cuda", "auto")]
+    for loader in resident:
+        assert all(loader(number).wave.is_cuda and torch.equal(loader(number).wave.cpu(), read(number).wave) for number in range(12))
+    ragged = [np.full(length, .5, np.float32) for length in (500, 90, 400)]
+    padded = [Loader(ragged, batch_size=1, crop=300, short="pad", resident=where) for where in (None, "cuda")]
+    assert all(torch.equal(padded[0](number).wave, padded[1](number).wave.cpu()) for number in range(3))
+
+
+def test_a_row_of_more_than_two_to_the_31_samples():
+    clip = np.zeros(1_200_000_000, np.int16)
+    clip[-1000:] = np.arange(1000)
+    loader = Loader(Arrays([clip, clip]), batch_size=2, crop=1000, resident="cuda")
+    job = library._Job(0, [1, 0], [len(clip) - 1000, len(clip) - 1000], [1000, 1000], 1000, False)
+    assert torch.equal(loader._reader(lambda *key: job, 0).cpu(), (torch.arange(1000.) / 32768).expand(2, -1))
+
+
+def test_what_does_not_fit_is_refused(store, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (50_000_000, 2**37))
+    with pytest.raises(MemoryError, match="192 clips take 50,803,200 bytes, 50,000,000 are free on cuda"): Loader(store, batch_size=48, resident="cuda")
+    assert isinstance(Loader(store, batch_size=48, resident="auto")._reader, library._Now)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_wait_in_pinned_memory(store, workers):
+    loader = Loader(store, batch_size=48, crop=59_049, workers=workers)
+    assert loader(0).wave.is_pinned() and torch.equal(loader(1).to("cuda").wave.cpu(), Loader(store, batch_size=48, crop=59_049)(1).wave)
+    loader.close()
+
+
+@pytest.mark.parametrize("path", [{"resident": "cuda"}, {"workers": 4}], ids=str)
+def test_the_network_hardly_waits(store, path, capsys):
+    """P17: steps fed by the loader against the same steps with one batch that lies on the GPU; median of seven paired rounds."""
+    objective = CLMR(SampleCNN.preset("paper"), clmr_chain()).cuda()
+    optimizer = torch.optim.Adam(objective.parameters())
+    loader, number = Loader(store, batch_size=48, crop=60_000, **path), iter(range(10_000))
+    still = loader(0).to("cuda").wave
+    def seconds(wave_of):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        for _ in range(20):
+            with torch.autocast("cuda", torch.bfloat16): loss = objective(Batch(wave=wave_of(), generator=torch.Generator().manual_seed(0)))["loss"]
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            loss.item()
+        torch.cuda.synchronize()
+        return time.perf_counter() - began
+    def alone(): return seconds(lambda: still)
+    def fed(): return seconds(lambda: loader(next(number)).to("cuda").wave)
+    alone(), fed()
+    rounds = [fed() / alone() for _ in range(7)]
+    loader.close()
+    with capsys.disabled():
+        print(f"\nloader {path}: {100 * (np.median(rounds) - 1):.1f} % of a step ({100 * (min(rounds) - 1):.1f} to {100 * (max(rounds) - 1):.1f}), "
+              f"step {1000 * alone() / 20:.1f} ms")
+    assert np.median(rounds) <= 1.05
