@@ -202,8 +202,8 @@ def test_pitch_of_tones(hertz, partials, rate):
 
 
 def test_no_pitch_where_there_is_none():
-    noise = torch.randn(5, RATE, generator=torch.Generator().manual_seed(0))
-    silence_and_hiss = torch.stack([torch.zeros(RATE), 1e-7 * noise[0]])
+    noise = torch.randn(3, RATE // 2, generator=torch.Generator().manual_seed(0))
+    silence_and_hiss = torch.stack([torch.zeros(RATE // 2), 1e-7 * noise[0]])
     beyond = torch.stack([tone(440), tone(350), tone(1000), tone(50)])
     assert not Pitch(RATE)(noise).any() and not Pitch(RATE)(silence_and_hiss).any() and not Pitch(RATE)(beyond)[:, 6:-6].any()
 
@@ -261,6 +261,14 @@ def test_silence_is_levelled_to_zero():
     assert naive.any()
 
 
+def test_what_stands_still_has_no_movement():
+    """T17: exactly none, else levelling makes a picture of it. Mutation: the weighted sum without taking the centre off first."""
+    still = torch.linspace(-1000, 1000, 999)[:, None].expand(-1, 20)
+    for order in (1, 2):
+        assert not Delta(order)(still).any()
+        assert sum(weight * still[:, k:k + 12] for k, weight in enumerate(Delta(order).weights)).any()
+
+
 def test_padding_does_not_count():
     """Mutation: a mask that is ignored lets the padding in."""
     x, lengths = torch.randn(4, 6, 100, generator=torch.Generator().manual_seed(0)), torch.tensor([100, 60, 1, 0])
@@ -279,6 +287,8 @@ def test_musicoder_columns():
     options = dict(n_fft=2048, hop=1024, window="hamming")
     mfcc = MFCC(44100, 20, **options)(wave)
     log_mel = LogMel(44100, n_mels=128, log="ln", eps=1e-7, **options)
+    silent = MFCC(44100, 20, **options)(0 * wave)
+    assert not standardise(torch.cat([ChromaSTFT(44100, **options)(0 * wave), silent, Delta()(silent), log_mel(0 * wave)])).any()
     columns = standardise(torch.cat([ChromaSTFT(44100, **options)(wave), mfcc, Delta()(mfcc), log_mel(wave)]))
     assert columns.shape == (12 + 20 + 20 + 128, 1292) and columns.isfinite().all()
     assert columns.mean(-1).abs().max() < 1e-3 and (columns.std(-1, unbiased=False) - 1).abs().max() < 1e-2
