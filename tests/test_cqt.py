@@ -1,5 +1,7 @@
 """The constant-Q transform and its chroma: the definition, librosa and nnAudio as referees, and signals with known answers."""
-import contextlib
+import json
+import sys
+from pathlib import Path
 
 import librosa
 import numpy as np
@@ -7,6 +9,12 @@ import pytest
 import scipy.signal
 import torch
 from nnAudio.features.cqt import CQT1992v2
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import features as benchmark
+from paired import Disagreement
 
 from musicssl.data import scorebox
 from musicssl.features import cqt as room
@@ -235,12 +243,12 @@ def test_shapes_in_shapes_out(mert):
 
 
 def test_autocast_changes_nothing(monkeypatch):
-    """Named mutation: without the guard, products are computed in bfloat16."""
+    """Named mutation: without `in_float32`, products are computed in bfloat16."""
     transform, chroma, wave = CQT(8000, 256, 110., 36), ChromaCQT(16_000, n_octaves=6), noise(2, 30_000)
     expected = transform(wave), chroma(wave)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(transform(wave), expected[0]) and torch.equal(chroma(wave), expected[1])
-        monkeypatch.setattr(torch, "autocast", lambda *args, **more: contextlib.nullcontext())
+        monkeypatch.setattr(CQT, "forward", CQT.forward.__wrapped__)
         assert relative(transform(wave), expected[0]) > 1e-3
 
 
@@ -305,7 +313,38 @@ def test_presets_are_the_papers():
 def test_window_spectrum_is_a_fourier_transform():
     """At a length that is not whole, for both windows, against the sum itself."""
     theta, t = torch.linspace(-3, 3, 601, dtype=torch.float64), np.arange(-50, 51)
-    for name, (a, b) in room.WINDOWS.items():
+    for name, (a, b) in room._WINDOWS.items():
         weight = a + b * np.cos(2 * np.pi * t / 100.7)
         expected = np.cos(np.outer(theta, t)) @ weight / weight.sum()
         np.testing.assert_allclose(room.window_spectrum(theta, torch.tensor(100.7, dtype=torch.float64), name), expected, atol=1e-12)
+
+
+# benchmarks/features.py: it runs, agreement comes before time, and what is missing is said. No time is asserted.
+
+def test_the_benchmark_as_json(capsys):
+    benchmark.main(["--size", "test", "--json"])
+    printed = capsys.readouterr()
+    found = json.loads(printed.out)
+    assert {row["what"]: row["at_least"] for row in found["P5"]["rows"]} == {
+        "MERT's target: nnAudio CQT1992v2 : ours": 12., "MERT's target: nnAudio CQT2010v2 : ours": 1.2, "MERT's target: librosa : ours": None}
+    assert {row["what"]: row["at_least"] for row in found["P7"]["rows"]} == {
+        "log-mel: librosa : ours": 1.5, "log-mel: nnAudio : ours": 3., "log-mel: torchaudio : ours": .95, "chroma: librosa : ours": 1.5}
+    assert list(found) == ["P5", "P7"] and "P6: skipped, it needs a GPU" in printed.err
+
+
+@pytest.mark.parametrize("name, id", [("nnaudio_cqt", "P5"), ("librosa_cqt", "P5"), ("librosa_mel", "P7"), ("librosa_chroma", "P7")])
+def test_the_benchmark_times_nothing_that_disagrees(name, id, monkeypatch):
+    """Named mutation: a peer that is 2 % too loud."""
+    honest = getattr(benchmark, name)
+    loud = (lambda kind: lambda wave: 1.02 * honest(kind)(wave)) if name == "nnaudio_cqt" else lambda y: 1.02 * honest(y)
+    monkeypatch.setattr(benchmark, name, loud)
+    monkeypatch.setattr(benchmark, "paired", lambda *given: pytest.fail("timed"))
+    with pytest.raises(Disagreement, match="relative L2"): benchmark.main(["--size", "test", "--only", id])
+
+
+def test_the_benchmark_without_nnaudio(capsys, monkeypatch):
+    for name in [name for name in sys.modules if name.split(".")[0] == "nnAudio"]: monkeypatch.setitem(sys.modules, name, None)
+    benchmark.main(["--size", "test", "--only", "P5", "P7"])
+    printed = capsys.readouterr()
+    assert "nnAudio" not in printed.out.split("\n", 1)[1] and "librosa : ours" in printed.out
+    assert "no rows for nnAudio" in printed.err and "when last measured, 2026-" in printed.err
