@@ -169,7 +169,8 @@ class Store:
         """Clips, or pieces of them, as a batch. Raises: `IndexError` for a clip or a piece that does not exist, `ValueError` without
         `length` for clips of different lengths."""
         ids = ids.tolist() if isinstance(ids, Tensor) else [int(i) for i in ids]
-        starts = [0] * len(ids) if start is None else np.broadcast_to(np.asarray(start, np.int64), len(ids)).tolist()
+        if start is None or isinstance(start, int): starts = [start or 0] * len(ids)
+        else: starts = np.broadcast_to(np.asarray(start, np.int64), len(ids)).tolist()
         return torch.from_numpy(_pieces(self, ids, starts, length))
 
 # %% ../../nbs/12_store.ipynb #0ecc0318
