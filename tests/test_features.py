@@ -29,6 +29,7 @@ ALL = {
 WIDTH = {"log-mel": 128, "log-mel in dB": 40, "mfcc": 20, "magnitude": 513, "log power": 1025, "chroma": 12, "gammatone": 40, "contrast": 7,
          "centroid": 1, "flatness": 1, "rms": 1, "crossings": 1, "onset": 1, "tempogram": 96, "prosody": 4}
 each = pytest.mark.parametrize("name", ALL)
+build = lru_cache(lambda name: ALL[name]())
 
 
 def relative(ours, theirs):
@@ -56,8 +57,7 @@ def tune(rate=RATE, seconds=1.):
 SETTINGS = [(22050, 2048, 512), (16000, 1024, 160), (24000, 2048, 320), (44100, 2048, 1024), (8000, 512, 128)]
 
 
-@pytest.mark.parametrize("rate, n_fft, hop", SETTINGS)
-@pytest.mark.parametrize("window", ["hann", "hamming"])
+@pytest.mark.parametrize("rate, n_fft, hop, window", [*((*setting, "hann") for setting in SETTINGS), (*SETTINGS[3], "hamming")])
 def test_mel_and_chroma_as_librosa(rate, n_fft, hop, window):
     """P7: 1e-5 relative L2, at librosa's defaults and elsewhere."""
     wave = tune(rate)
@@ -187,18 +187,19 @@ def test_a_click_peaks_at_its_frame(name, sample):
     """M-2: every target is centred on its frame."""
     wave = torch.zeros(2 * RATE)
     wave[sample] = 1
-    frames = ALL[name]()(wave).sum(-2)
+    frames = build(name)(wave).sum(-2)
     top = (frames > frames.max() - .01 * (frames.max() - frames.min())).nonzero().float().mean() # a frame hears the click all the while it holds it
     assert abs(float(top) - sample / 160) <= 1, "the click is not where it was"
 
 
 # --------------------------------------------------------------------------------------------------------------- pitch
-@pytest.mark.parametrize("hertz", [62, 85, 123.4, 180, 240, 298])
 @pytest.mark.parametrize("partials", [(1.,), (.3, 1., .8, .5), (1, 0, .6, 0, .4)], ids=["sine", "weak fundamental", "hollow"])
 @pytest.mark.parametrize("rate", [16000, 22050])
-def test_pitch_of_tones(hertz, partials, rate):
-    found = Pitch(rate)(.1 * tone(hertz, .4, rate, partials))[6:-6]
-    assert (found / hertz - 1).abs().max() < .01
+def test_pitch_of_tones(partials, rate):
+    """Within one per cent, with overtones and without."""
+    hertz = torch.tensor([62, 85, 123.4, 180, 240, 298])
+    found = Pitch(rate)(torch.stack([.1 * tone(float(h), .3, rate, partials) for h in hertz]))[:, 6:-6]
+    assert (found / hertz[:, None] - 1).abs().max() < .01
 
 
 def test_no_pitch_where_there_is_none():
@@ -298,7 +299,7 @@ def test_musicoder_columns():
 # ------------------------------------------------------------------------------------------- what a training step may do
 @each
 def test_any_leading_shape(name):
-    module, wave = ALL[name](), torch.stack([tune(), tune().flip(0)])
+    module, wave = build(name), torch.stack([tune(), tune().flip(0)])
     one, two, three = module(wave[0]), module(wave), module(wave.view(1, 2, 1, -1))
     assert one.shape == (WIDTH[name], 1 + 16000 // 160) and two.shape == (2, *one.shape) and three.shape == (1, 2, 1, *one.shape)
     torch.testing.assert_close(two[0], one, atol=1e-4, rtol=1e-4)
@@ -308,7 +309,7 @@ def test_any_leading_shape(name):
 
 @each
 def test_rows_do_not_know_each_other(name):
-    module, rows = ALL[name](), [tune(), .001 * tune().flip(0), torch.zeros(16000), tune().roll(999)]
+    module, rows = build(name), [tune(), .001 * tune().flip(0), torch.zeros(16000), tune().roll(999)]
     together = module(torch.stack(rows))
     for row, wave in zip(together, rows): torch.testing.assert_close(row, module(wave), atol=1e-4, rtol=1e-4)
 
@@ -324,7 +325,7 @@ def test_the_row_check_notices_a_shared_floor(name, monkeypatch):
 
 @each
 def test_float32_under_autocast(name):
-    module, wave = ALL[name](), tune()
+    module, wave = build(name), tune()
     with torch.autocast("cpu", dtype=torch.bfloat16): inside = module(wave)
     assert inside.dtype == torch.float32 and torch.equal(inside, module(wave))
     for dtype in (torch.float64, torch.bfloat16): assert module(wave.to(dtype)).dtype == torch.float32
@@ -333,7 +334,7 @@ def test_float32_under_autocast(name):
 @pytest.mark.parametrize("name", ["log-mel", "chroma", "gammatone", "mfcc"])
 def test_autocast_would_do_harm(name):
     """Mutation: the same module without `in_float32`."""
-    module = ALL[name]()
+    module = build(name)
     with torch.autocast("cpu", dtype=torch.bfloat16): bare = type(module).forward.__wrapped__(module, tune())
     assert bare.dtype != torch.float32 or relative(bare, module(tune())) > 1e-4
 
@@ -341,20 +342,20 @@ def test_autocast_would_do_harm(name):
 @each
 def test_silence_is_finite(name):
     for wave in (torch.zeros(2, 8000), torch.full((2, 8000), 1e-30), torch.cat([torch.zeros(2, 4000), torch.ones(2, 4000)], -1)):
-        assert ALL[name]()(wave).isfinite().all()
+        assert build(name)(wave).isfinite().all()
 
 
 def test_silence_needs_its_guards(monkeypatch):
     """Mutation: without a floor, without the guard of a zero sum, silence is not finite."""
     assert not LogMel(RATE, log="ln", eps=0.)(torch.zeros(8000)).isfinite().all()
     monkeypatch.setattr(torch.Tensor, "where", lambda x, condition, other: x)
-    for name in ("chroma", "centroid", "tempogram"): assert not ALL[name]()(torch.zeros(8000)).isfinite().all(), name
+    for name in ("chroma", "centroid", "tempogram"): assert not build(name)(torch.zeros(8000)).isfinite().all(), name
 
 
 @pytest.mark.parametrize("name", [name for name in ALL if name not in ("crossings", "prosody")])
 def test_gradients_reach_the_wave(name):
     wave = torch.cat([tune(), torch.zeros(8000)]).requires_grad_()
-    out = ALL[name]()(wave)
+    out = build(name)(wave)
     (out * torch.rand(out.shape, generator=torch.Generator().manual_seed(0))).sum().backward()
     assert wave.grad.isfinite().all() and wave.grad[:16000].abs().sum() > 0
 
@@ -401,4 +402,4 @@ def test_errors_say_what_was_wanted(call, message):
 @each
 def test_an_empty_wave_is_refused(name):
     for wave in (torch.zeros(2, 0), torch.tensor(1.)):
-        with pytest.raises(ValueError, match="wanted at least one sample"): ALL[name]()(wave)
+        with pytest.raises(ValueError, match="wanted at least one sample"): build(name)(wave)
