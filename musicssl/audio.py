@@ -8,6 +8,7 @@ __all__ = ['Wave', 'AudioError', 'UnreadableAudio', 'TruncatedAudio', 'NotFinite
            'Quarantine', 'read_many', 'Batch']
 
 # %% ../nbs/02_audio.ipynb #6da62f46
+import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -63,9 +64,11 @@ class AudioInfo:
     format: str # container and encoding, as in "WAV/PCM_16"
     promised: int # samples per channel the header promises; more than `frames` in a truncated file
 
+def _has_twin(path: Path) -> bool: return path.with_name(f"._{path.name}").exists() # a Mac's companion, over which libsndfile stumbles in MP3s
+
 @contextmanager
 def _opened(path: str | Path) -> Iterator[sf.SoundFile]:
-    try: file = sf.SoundFile(path)
+    try: file = sf.SoundFile(os.open(path, os.O_RDONLY) if _has_twin(Path(path)) else path)
     except (sf.SoundFileError, OSError, TypeError) as error:
         if not Path(path).exists(): reason = "there is no such file"
         elif Path(path).is_file() and not Path(path).stat().st_size: reason = "the file is empty (0 bytes)"

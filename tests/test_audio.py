@@ -169,6 +169,15 @@ def test_not_audio(tmp_path, name, content):
     with pytest.raises(UnreadableAudio, match=name): read(tmp_path / name, RATE)
 
 
+def test_a_companion_file_of_a_mac_is_no_obstacle(tmp_path):
+    """libsndfile takes `._a.mp3` for a resource fork of `a.mp3` and refuses both."""
+    for kind in ("mp3", "wav", "flac", "ogg"):
+        sf.write(path := tmp_path / f"a.{kind}", noise(), 22050)
+        alone = read(path, 22050)
+        path.with_name(f"._a.{kind}").write_bytes(b"\0\5\x16\7" + bytes(500))
+        assert torch.equal(read(path, 22050), alone)
+
+
 def test_missing_and_folder(tmp_path):
     with pytest.raises(UnreadableAudio, match="no such file"): read(tmp_path / "a.wav", RATE)
     with pytest.raises(UnreadableAudio): read(tmp_path, RATE)
