@@ -55,18 +55,18 @@ class Order:
         self.per_epoch = max(1, len(self.ids) // batch_size)
         self._order = lru_cache(2)(self._permuted)
 
-    def _permuted(self, epoch: int) -> np.ndarray: # (n,) ids
+    def _permuted(self, epoch: int) -> np.ndarray: # (n,) ids, or (B,) when clips are repeated
         generator = torch.Generator().manual_seed(seed_of("epoch", self.seed, epoch))
         shuffled = torch.randperm(len(self.ids), generator=generator).numpy()
         if self.window:
             shards = torch.randperm(self._shard.max() + 1, generator=generator).numpy()
             shuffled = shuffled[np.argsort(shards[self._shard[shuffled]] // self.window, kind="stable")]
-        return self.ids[shuffled]
+        return np.resize(self.ids[shuffled], max(self.batch_size, len(self.ids)))
 
     def ids_of(self, number: int) -> np.ndarray: # (B,)
         "The clips of batch `number`."
         epoch, batch = divmod(number, self.per_epoch)
-        return np.resize(self._order(epoch), max(self.batch_size, len(self.ids)))[batch * self.batch_size:][:self.batch_size]
+        return self._order(epoch)[batch * self.batch_size:][:self.batch_size]
 
     def draw(self,
         number: int, # of the batch
