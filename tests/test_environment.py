@@ -160,7 +160,7 @@ def test_extras_do_not_repeat_the_dependencies():
 
 def test_tests_use_installed_packages_only():
     tests = [imported.name.split(".")[0] for path in sorted((ROOT / "tests").rglob("*.py")) for imported in imports_of("tests", path, set())]
-    local = {path.stem for path in (ROOT / "tests").rglob("*.py")} | {"musicssl", "tomli", "tests"}
+    local = {path.stem for folder in ("tests", "benchmarks") for path in (ROOT / folder).rglob("*.py")} | {"musicssl", "tomli", "tests"}
     absent = {name for name in tests if name not in sys.stdlib_module_names and name not in local
               and canonicalize_name(DISTRIBUTION.get(name, name)) not in requirements("dev") | requirements() | dict.fromkeys(BESIDES)}
     assert not absent, f"imported by a test, but in no extra: {sorted(absent)}"
