@@ -200,7 +200,7 @@ def key_score(
     key: int, # 0-11 major from C, 12-23 minor
     guess: int, # the same
 ) -> float: # 1, 0.5, 0.3, 0.2 or 0
-    """How right a key is. Source: mir_eval, `key.weighted_score`, after MIREX."""
+    """How right a key is. Source: mir_eval, `key.weighted_score`."""
     step, same_mode = (guess - key) % 12, guess // 12 == key // 12
     if same_mode: return {0: 1., 7: .5}.get(step, 0.)
     return {0: .2, 9 if key < 12 else 3: .3}.get(step, 0.)
@@ -263,7 +263,7 @@ def key_again(
     corpus: scorebox.Corpus, # clips
     found: dict[str, np.ndarray], # their features
     out: np.ndarray, # (n,) bool: held out
-) -> Found: # tasks "key24, turned" and so on; the same on clips whose last note is the tonic
+) -> Found: # tasks "key24, all" and "key24, last note"
     """The key by every method, on all test clips and on those whose last note confirms it."""
     y, known = truth(corpus, "key24")
     train, test = known & ~out, known & out
