@@ -130,9 +130,9 @@ class Transform(nn.Module):
         params = {"applied": uniform(fold_in(seeds, "applied")) < self.p, **self.draw(wave, seeds)}
         rows = params["applied"].nonzero()[:, 0]
         if 0 == len(rows) < len(wave): return wave, params
-        taking_part = {key: value[rows].to(wave.device) for key, value in params.items()}
+        taking_part = {key: value[rows].to(wave.device, non_blocking=True) for key, value in params.items()}
         if len(rows) == len(wave): return self.transform(wave, taking_part), params
-        rows = rows.to(wave.device)
+        rows = rows.to(wave.device, non_blocking=True)
         return wave.index_copy(0, rows, self.transform(wave[rows], taking_part)), params
 
     def forward(self,
