@@ -314,6 +314,29 @@ def test_rows_do_not_know_each_other(name):
     for row, wave in zip(together, rows): torch.testing.assert_close(row, module(wave), atol=1e-4, rtol=1e-4)
 
 
+@each
+def test_pieces_do_not_show(name, monkeypatch):
+    """Seven rows at once, in pieces of two, and one by one."""
+    module, wave = build(name), torch.stack([tune().roll(1000 * k) * .5**k for k in range(7)])
+    monkeypatch.setattr(mel, "PIECE", 10**9)
+    whole = module(wave)
+    for piece in (40000, 1):
+        monkeypatch.setattr(mel, "PIECE", piece)
+        torch.testing.assert_close(module(wave), whole, atol=1e-4, rtol=1e-4)
+
+
+def test_there_are_pieces(monkeypatch):
+    """At most `PIECE` samples reach the transform, or one row. Mutation: a limit nobody reaches."""
+    seen, stft = [], torch.stft
+    monkeypatch.setattr(torch, "stft", lambda wave, *given, **options: (seen.append(len(wave)), stft(wave, *given, **options))[1])
+    monkeypatch.setattr(mel, "PIECE", 40000)
+    MFCC(RATE)(torch.zeros(7, 16000)), MFCC(RATE)(torch.zeros(2, 50000))
+    assert seen == [2, 2, 2, 1, 1, 1]
+    monkeypatch.setattr(mel, "PIECE", 10**9)
+    MFCC(RATE)(torch.zeros(7, 16000))
+    assert seen[6:] == [7]
+
+
 @pytest.mark.parametrize("name", ["log-mel in dB", "contrast", "onset"])
 def test_the_row_check_notices_a_shared_floor(name, monkeypatch):
     """Mutation: a floor below the loudest point of the batch, which is what librosa does."""
@@ -385,6 +408,7 @@ def test_the_read_back_check_notices(look, monkeypatch):
 # -------------------------------------------------------------------------------------------------------------- errors
 @pytest.mark.parametrize("call, message", [
     (lambda: LogMel(RATE, hop=0), "got a hop of 0 samples"), (lambda: LogMel(RATE, 512, win_length=513, n_mels=40), "wanted 1 to n_fft = 512"),
+    (lambda: Magnitude(power=3), "got the power 3, wanted 1 or 2"),
     (lambda: LogMel(RATE, window="kaiser"), "got the window 'kaiser', wanted one of"),
     (lambda: LogMel(RATE, scale="bark"), "wanted 'slaney' or 'htk'"),
     (lambda: LogMel(RATE, log="log2"), "got the logarithm 'log2'"), (lambda: Delta(2, 8), "odd width > order"),

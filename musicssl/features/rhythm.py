@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .mel import LogMel, in_float32
+from .mel import LogMel, batched
 from .spectral import RMS, ZeroCrossingRate
 
 # %% ../../nbs/14_rhythm.ipynb #264a3732
@@ -31,7 +31,7 @@ class OnsetStrength(nn.Module):
         self.sample_rate, self.hop, self.shift = sample_rate, hop, 1 + n_fft // (2 * hop)
         self.log_mel = LogMel(sample_rate, n_fft, hop, n_mels, **log_mel)
 
-    @in_float32
+    @batched
     def forward(self,
         wave: Tensor, # (..., T) mono, T >= 1
     ) -> Tensor: # (..., 1, N) dB per frame, >= 0; N = 1 + T // hop
@@ -62,7 +62,7 @@ class Tempogram(nn.Module):
         self.register_buffer("taper", torch.hann_window(win_length), persistent=False)
         self.register_buffer("ramp", torch.arange(win_length // 2) / (win_length // 2), persistent=False)
 
-    @in_float32
+    @batched
     def forward(self,
         wave: Tensor, # (..., T) mono, T >= 1
     ) -> Tensor: # (..., ceil(win_length / step), N) in [-1, 1], by lag in frames; N = 1 + T // hop
@@ -93,7 +93,7 @@ class Aperiodicity(nn.Module):
         self.register_buffer("spans", spans.float(), persistent=False)
         self.register_buffer("shorter", shorter, persistent=False)
 
-    @in_float32
+    @batched
     def forward(self,
         wave: Tensor, # (..., T) mono, T >= 1
     ) -> Tensor: # (..., N, 1 + longest) >= 0 by lag; 1 where the sound is below -100 dB. N = 1 + T // hop
@@ -125,7 +125,7 @@ class Pitch(nn.Module):
         self.sample_rate, self.f_min, self.f_max, self.threshold = sample_rate, f_min, f_max, threshold
         self.aperiodicity = Aperiodicity(math.ceil(sample_rate / f_min) + 1, hop)
 
-    @in_float32
+    @batched
     def forward(self,
         wave: Tensor, # (..., T) mono, T >= 1
     ) -> Tensor: # (..., N) Hz, 0 where no voice is heard; N = 1 + T // hop
@@ -169,7 +169,7 @@ class Prosody(nn.Module):
         super().__init__()
         self.pitch, self.rms, self.crossings = Pitch(sample_rate, hop, f_min, f_max), RMS(frame, hop), ZeroCrossingRate(frame, hop)
 
-    @in_float32
+    @batched
     def forward(self,
         wave: Tensor, # (..., T) mono, T >= 1
     ) -> Tensor: # (..., 4, N): ln(Hz), 0 or 1, >= 0, [0, 1); N = 1 + T // hop

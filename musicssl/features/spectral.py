@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .mel import Magnitude, in_float32, to_db
+from .mel import Magnitude, batched, to_db
 
 # %% ../../nbs/12_spectral.ipynb #05269e85
 class LogPower(nn.Module):
@@ -27,13 +27,13 @@ class LogPower(nn.Module):
         window: str = "rectangular", # a name of `WINDOWS`
     ):
         super().__init__()
-        self.magnitude = Magnitude(n_fft, hop, win_length, window)
+        self.power = Magnitude(n_fft, hop, win_length, window, power=2)
 
-    @in_float32
+    @batched
     def forward(self,
         wave: Tensor, # (..., T) mono, T >= 1
     ) -> Tensor: # (..., F, N) dB, at least -190; N = 1 + T // hop
-        return 10 * (self.magnitude(wave).square() + 1e-19).log10()
+        return 10 * (self.power(wave) + 1e-19).log10()
 
 # %% ../../nbs/12_spectral.ipynb #ca036c8e
 def chroma_bank(
@@ -72,14 +72,14 @@ class ChromaSTFT(nn.Module):
     ):
         super().__init__()
         self.sample_rate = sample_rate
-        self.magnitude = Magnitude(n_fft, hop, win_length, window)
+        self.power = Magnitude(n_fft, hop, win_length, window, power=2)
         self.register_buffer("bank", chroma_bank(sample_rate, n_fft, n_chroma), persistent=False)
 
-    @in_float32
+    @batched
     def forward(self,
         wave: Tensor, # (..., T) mono, T >= 1
     ) -> Tensor: # (..., n_chroma, N) in [0, 1]; N = 1 + T // hop
-        energy = self.bank.T @ self.magnitude(wave).square()
+        energy = self.bank.T @ self.power(wave)
         loudest = energy.amax(-2, keepdim=True)
         return energy / loudest.where(loudest >= torch.finfo(energy.dtype).tiny, 1)
 
@@ -129,15 +129,15 @@ class Gammatone(nn.Module):
     ):
         super().__init__()
         self.sample_rate, self.eps = sample_rate, eps
-        self.magnitude = Magnitude(n_fft, hop, win_length, window)
-        scale = 2 / (n_fft * self.magnitude.window.square().sum())
+        self.power = Magnitude(n_fft, hop, win_length, window, power=2)
+        scale = 2 / (n_fft * self.power.window.square().sum())
         self.register_buffer("bank", scale * gammatone_bank(sample_rate, n_fft, n_channels, f_min), persistent=False)
 
-    @in_float32
+    @batched
     def forward(self,
         wave: Tensor, # (..., T) mono, T >= 1
     ) -> Tensor: # (..., n_channels, N), natural logarithm, at least ln(eps); N = 1 + T // hop
-        power = self.bank.T @ self.magnitude(wave).square()
+        power = self.bank.T @ self.power(wave)
         return (power.clamp_min(1e-30).sqrt() + self.eps).log()
 
 # %% ../../nbs/12_spectral.ipynb #930c426c
@@ -166,7 +166,7 @@ class SpectralContrast(nn.Module):
             count = (inside[-1] if band < n_bands else n_fft // 2) + 1 - first
             self.bands.append((first, last, max(round(quantile * count), 1)))       # as librosa: an inner band leaves its last bin out
 
-    @in_float32
+    @batched
     def forward(self,
         wave: Tensor, # (..., T) mono, T >= 1
     ) -> Tensor: # (..., n_bands + 1, N) dB, from the lowest band; N = 1 + T // hop
@@ -191,7 +191,7 @@ class SpectralCentroid(nn.Module):
         self.sample_rate, self.magnitude = sample_rate, Magnitude(n_fft, hop)
         self.register_buffer("hertz", torch.arange(n_fft // 2 + 1) * (sample_rate / n_fft), persistent=False)
 
-    @in_float32
+    @batched
     def forward(self,
         wave: Tensor, # (..., T) mono, T >= 1
     ) -> Tensor: # (..., 1, N) Hz, 0 for silence; N = 1 + T // hop
@@ -209,13 +209,13 @@ class SpectralFlatness(nn.Module):
         hop: int = 512, # samples from frame to frame
     ):
         super().__init__()
-        self.magnitude = Magnitude(n_fft, hop)
+        self.power = Magnitude(n_fft, hop, power=2)
 
-    @in_float32
+    @batched
     def forward(self,
         wave: Tensor, # (..., T) mono, T >= 1
     ) -> Tensor: # (..., 1, N) in (0, 1], 1 for silence; N = 1 + T // hop
-        power = self.magnitude(wave).square().clamp_min(1e-10)
+        power = self.power(wave).clamp_min(1e-10)
         return power.log().mean(-2, keepdim=True).exp() / power.mean(-2, keepdim=True)
 
 # %% ../../nbs/12_spectral.ipynb #0c680dda
@@ -232,7 +232,7 @@ class RMS(nn.Module):
         if frame < 2 or frame % 2 or hop < 1: raise ValueError(f"got a frame of {frame}, a hop of {hop} samples, wanted an even frame, hop >= 1")
         self.frame, self.hop = frame, hop
 
-    @in_float32
+    @batched
     def forward(self,
         wave: Tensor, # (..., T) mono, T >= 1
     ) -> Tensor: # (..., 1, N) >= 0; N = 1 + T // hop
@@ -252,7 +252,7 @@ class ZeroCrossingRate(nn.Module):
         if frame < 2 or frame % 2 or hop < 1: raise ValueError(f"got a frame of {frame}, a hop of {hop} samples, wanted an even frame, hop >= 1")
         self.frame, self.hop = frame, hop
 
-    @in_float32
+    @batched
     def forward(self,
         wave: Tensor, # (..., T) mono, T >= 1
     ) -> Tensor: # (..., 1, N) in [0, 1); N = 1 + T // hop
