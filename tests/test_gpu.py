@@ -143,7 +143,7 @@ def test_a_row_of_more_than_two_to_the_31_samples():
     clip = np.zeros(1_200_000_000, np.int16)
     clip[-1000:] = np.arange(1000)
     loader = Loader(Arrays([clip, clip]), batch_size=2, crop=1000, resident="cuda")
-    job = library._Job(0, [1, 0], [len(clip) - 1000, len(clip) - 1000], [1000, 1000], 1000, False)
+    job = library._Job(0, [1, 0], [len(clip) - 1000, len(clip) - 1000], [1000, 1000], 1000)
     assert torch.equal(loader._reader(lambda *key: job, 0).cpu(), (torch.arange(1000.) / 32768).expand(2, -1))
 
 

@@ -97,10 +97,6 @@ class Arrays:
 
     def __getitem__(self, i: int) -> np.ndarray: return self.clips[i] # (T_i,)
 
-    def wave(self, ids: Iterable[int], start: int = 0, length: int | None = None) -> Tensor: # (B, T) float32
-        pieces = np.stack([self.clips[i][start:None if length is None else start + length] for i in ids])
-        return torch.from_numpy(pieces.astype(np.float32) * np.float32(2 ** -15 if pieces.dtype == np.int16 else 1))
-
 # %% ../../nbs/19_loader.ipynb #87d37d45
 def _usable(lengths: np.ndarray, ids: np.ndarray, crop: int | None, short: str) -> tuple[np.ndarray, int]: # ids that stay; samples of a row
     if short not in ("drop", "pad"): raise ValueError(f"got short = {short!r}, wanted drop or pad")
@@ -115,13 +111,14 @@ def _usable(lengths: np.ndarray, ids: np.ndarray, crop: int | None, short: str) 
     return ids[found >= crop if short == "drop" else found > 0], crop
 
 # %% ../../nbs/19_loader.ipynb #57c9249c
+_STEP = np.float32(2 ** -15) # one step of a 16-bit integer
+
 class _Job(NamedTuple):
     number: int # of the batch
     ids: list[int] # row by row: the clip,
     starts: list[int] # its first sample,
     lengths: list[int] # and how many to read
     samples: int # of a row; silence where the clip is shorter
-    floats: bool # whether the source may hold NaN
 
 def _noted(error: Exception, note: str) -> Exception:
     if hasattr(error, "add_note"): error.add_note(note)
@@ -132,8 +129,10 @@ def _read(source: Any, job: _Job, wave: Tensor, begin: Callable[[int], None] = l
     for row, i, start, length in zip(wave.numpy(), job.ids, job.starts, job.lengths):
         begin(i)
         try:
-            row[:length], row[length:] = source.wave([i], start, length)[0].numpy(), 0
-            if job.floats and not math.isfinite(row.sum()): raise ValueError(f"clip {i} has NaN or infinite samples")
+            piece = source.piece(i, start, length) if hasattr(source, "piece") else source[i][start:start + length]
+            row[:length], row[length:] = piece, 0
+            if piece.dtype == np.int16: row *= _STEP
+            elif not math.isfinite(row.sum()): raise ValueError(f"clip {i} has NaN or infinite samples")
         except Exception as error: raise _noted(error, f"while reading clip {i} of batch {job.number}")
     return wave
 
@@ -226,11 +225,11 @@ class _Workers:
 
 # %% ../../nbs/19_loader.ipynb #a609bd7f
 class _Resident:
-    def __init__(self, source: Any, ids: np.ndarray, samples: int, floats: bool, device: torch.device):
+    def __init__(self, source: Any, ids: np.ndarray, samples: int, kind: torch.dtype, device: torch.device):
         ids, self.samples, self.first = np.unique(ids), samples, np.zeros(len(source), np.int64)
         room = np.maximum(source.lengths[ids], samples) # a short clip ends in silence
         self.first[ids] = np.cumsum(room) - room
-        self.row = torch.zeros(int(room.sum()), dtype=torch.float32 if floats else torch.int16, device=device)
+        self.row = torch.zeros(int(room.sum()), dtype=kind, device=device)
         for i, first in zip(ids.tolist(), self.first[ids].tolist()):
             try: clip = torch.from_numpy(np.array(source[i]))
             except Exception as error: raise _noted(error, f"while copying clip {i} to {device}")
@@ -241,7 +240,7 @@ class _Resident:
         job = plan(*key)
         first = torch.from_numpy(self.first[job.ids] + job.starts).to(self.row.device)
         pieces = self.row.unfold(0, self.samples, 1)[first].float()
-        return pieces if job.floats else pieces.mul_(2 ** -15)
+        return pieces.mul_(float(_STEP)) if self.row.dtype == torch.int16 else pieces
 
     def close(self) -> None: pass
 
@@ -260,13 +259,16 @@ class _Now:
 
     def close(self) -> None: pass
 
-def _reader(source: Any, ids: np.ndarray, samples: int, floats: bool, workers: int, timeout: float, resident: Any) -> _Now | _Workers | _Resident:
-    size = int(np.maximum(source.lengths[np.unique(ids)], samples).sum()) * (4 if floats else 2)
-    if resident == "auto": resident = "cuda" if torch.cuda.is_available() and size < _free(torch.device("cuda")) / 2 else None
+def _reader(source: Any, ids: np.ndarray, samples: int, workers: int, timeout: float, resident: Any) -> _Now | _Workers | _Resident:
     if resident is None: return _Workers(source, workers, timeout) if workers else _Now(source)
-    if size > .9 * (free := _free(torch.device(resident))):
-        raise MemoryError(f"{len(ids)} clips take {size:,} bytes, {free:,.0f} are free on {resident}; read them with workers instead")
-    return _Resident(source, ids, samples, floats, torch.device(resident))
+    integers = source[int(ids[0])].dtype == np.int16
+    size = int(np.maximum(source.lengths[np.unique(ids)], samples).sum()) * (2 if integers else 4)
+    if resident == "auto" and not (torch.cuda.is_available() and size < _free(torch.device("cuda")) / 2):
+        return _reader(source, ids, samples, workers, timeout, None)
+    device = torch.device("cuda" if resident == "auto" else resident)
+    if size > .9 * (free := _free(device)):
+        raise MemoryError(f"{len(ids)} clips take {size:,} bytes, {free:,.0f} are free on {device}; read them with workers instead")
+    return _Resident(source, ids, samples, torch.int16 if integers else torch.float32, device)
 
 # %% ../../nbs/19_loader.ipynb #5fe2f760
 class Loader:
@@ -287,15 +289,14 @@ class Loader:
         timeout: float = 60., # s that a worker may take for a batch
         resident: str | torch.device | None = None, # device that keeps all clips; "auto": the GPU, if they fill at most half of what is free
     ):
-        self.source = source if hasattr(source, "wave") else Arrays(source)
+        self.source = source if hasattr(source, "lengths") else Arrays(source)
         asked = np.arange(len(self.source)) if ids is None else np.asarray(ids)
         usable, self.samples = _usable(self.source.lengths, asked, crop, short)
         shard_of = self.source.shard_of[usable] if hasattr(self.source, "shard_of") else None
         self.order, self.left_out = Order(usable, batch_size, seed, smaller_ok, shard_of, window), len(asked) - len(usable)
         self.labels, self.captions = None if labels is None else torch.as_tensor(np.asarray(labels)), captions
         self.facts = {"seed": seed, "batch_size": batch_size, "crop": crop, "short": short, "smaller_ok": smaller_ok}
-        self._floats = self.source[int(usable[0])].dtype != np.int16
-        self._reader = _reader(self.source, usable, self.samples, self._floats, workers, timeout, resident)
+        self._reader = _reader(self.source, usable, self.samples, workers, timeout, resident)
 
     def __len__(self) -> int: return self.order.per_epoch # batches of an epoch
     def ids_of(self, number: int) -> np.ndarray: return self.order.ids_of(number) # (B,) the clips of a batch
@@ -320,7 +321,7 @@ def _job(loader: Loader, number: int, rank: int, world: int) -> _Job:
     ids = loader.ids_of(number)[rank::world]
     lengths = np.minimum(loader.source.lengths[ids], loader.samples)
     starts = loader.order.draw(number, "crop", loader.source.lengths[ids] - lengths + 1, rank, world)
-    return _Job(number, ids.tolist(), starts, lengths.tolist(), loader.samples, loader._floats)
+    return _Job(number, ids.tolist(), starts, lengths.tolist(), loader.samples)
 
 def _captions(loader: Loader, number: int, rank: int, world: int) -> list[str] | None:
     if loader.captions is None: return None

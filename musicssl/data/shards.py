@@ -108,6 +108,31 @@ def _index(folder: Path, plan: dict) -> dict[str, np.ndarray]: # (n,) each of `_
     return index
 
 # %% ../../nbs/18_shards.ipynb #7fa50ab1
+def _bytes(shards: "Shards", i: int, kind: str = "") -> np.ndarray: # of the sound, or of its JSON
+    if not 0 <= i < shards.n: raise IndexError(f"clip {i} of {shards.n} in shards")
+    begin = shards._at[kind + "offset"][i]
+    return shards._map(int(shards.shard_of[i]))[begin:begin + shards._at[kind + "size"][i]]
+
+def _checked(shards: "Shards", i: int) -> np.ndarray: # bytes of the sound, compared with their checksum the first time
+    sound = _bytes(shards, i)
+    if shards._unread[i]:
+        if (found := zlib.crc32(sound)) != (wanted := int(shards._at["crc32"][i])):
+            raise CorruptStore(f"clip {i} has changed since it was written: {_shard(shards.folder, shards.shard_of[i])} has "
+                               f"CRC-32 {found:08x} there, wanted {wanted:08x}; copy or write this shard again")
+        shards._unread[i] = False
+    return sound
+
+def _decoded(sound: np.ndarray, start: int, length: int) -> np.ndarray: # (length,) int16, of FLAC
+    with soundfile.SoundFile(io.BytesIO(sound)) as file:
+        file.seek(start)
+        return file.read(length, dtype="int16")
+
+def _stacked(pieces: list[np.ndarray]) -> np.ndarray: # (B, T) float32
+    if len(found := {len(piece) for piece in pieces}) > 1:
+        raise ValueError(f"pieces of {min(found)} to {max(found)} samples: say which `length` you want")
+    return np.stack(pieces, dtype=np.float32, casting="safe")
+
+# %% ../../nbs/18_shards.ipynb #9759d3cf
 class Shards:
     """A finished folder of tar shards, read in any order.
 
@@ -132,13 +157,19 @@ class Shards:
     def __len__(self) -> int: return self.n
     def __reduce__(self): return Shards, (self.folder,) # another process maps the files itself
 
-    def _bytes(self, i: int, kind: str = "") -> np.ndarray: # of the sound, or of its JSON
-        if not 0 <= i < self.n: raise IndexError(f"clip {i} of {self.n} in shards")
-        begin = self._at[kind + "offset"][i]
-        return self._map(int(self.shard_of[i]))[begin:begin + self._at[kind + "size"][i]]
+    def __getitem__(self, i: int) -> np.ndarray: return self.piece(i) # (T,) int16
+    def facts(self, i: int) -> dict: return json.loads(_bytes(self, i, "json_").tobytes()) # what the JSON beside a clip says
 
-    def __getitem__(self, i: int) -> np.ndarray: return _piece(self, int(i), 0, None) # (T,) int16
-    def facts(self, i: int) -> dict: return json.loads(self._bytes(int(i), "json_").tobytes()) # what the JSON beside a clip says
+    def piece(self,
+        i: int, # which clip
+        start: int = 0, # its first sample
+        length: int | None = None, # samples; None: up to the end
+    ) -> np.ndarray: # (T,) int16
+        """Part of a clip. Raises: `IndexError` for what does not exist."""
+        sound, samples = _checked(self, i), int(self.lengths[i])
+        length = samples - start if length is None else length
+        if length < 1 or not 0 <= start <= samples - length: raise IndexError(f"clip {i} has {samples} samples, got a piece of {length} from {start}")
+        return _decoded(sound, start, length) if self._flac else sound.view("<i2")[start:start + length]
 
     def wave(self,
         ids: Iterable[int] | Tensor, # (B,) clips, in any order, also repeated
@@ -148,22 +179,4 @@ class Shards:
         """Clips, or pieces of them, as a batch. Raises: `IndexError` for what does not exist, `ValueError` for pieces of different length."""
         ids = [int(i) for i in ids]
         starts = np.broadcast_to(np.asarray(0 if start is None else start, np.int64), len(ids)).tolist()
-        pieces = [_piece(self, i, first, length) for i, first in zip(ids, starts)]
-        if len(found := {len(piece) for piece in pieces}) > 1:
-            raise ValueError(f"pieces of {min(found)} to {max(found)} samples: say which `length` you want")
-        return torch.from_numpy(np.stack(pieces, dtype=np.float32, casting="safe") * np.float32(2 ** -15))
-
-# %% ../../nbs/18_shards.ipynb #33351b67
-def _piece(shards: Shards, i: int, start: int, length: int | None) -> np.ndarray: # (length,) int16
-    sound, samples = shards._bytes(i), int(shards.lengths[i])
-    if shards._unread[i]:
-        if (found := zlib.crc32(sound)) != (wanted := int(shards._at["crc32"][i])):
-            raise CorruptStore(f"clip {i} has changed since it was written: {_shard(shards.folder, shards.shard_of[i])} has "
-                               f"CRC-32 {found:08x} there, wanted {wanted:08x}; copy or write this shard again")
-        shards._unread[i] = False
-    length = samples - start if length is None else length
-    if length < 1 or not 0 <= start <= samples - length: raise IndexError(f"clip {i} has {samples} samples, got a piece of {length} from {start}")
-    if not shards._flac: return sound.view("<i2")[start:start + length]
-    with soundfile.SoundFile(io.BytesIO(sound)) as file:
-        file.seek(start)
-        return file.read(length, dtype="int16")
+        return torch.from_numpy(_stacked([self.piece(i, first, length) for i, first in zip(ids, starts)]) * np.float32(2 ** -15))

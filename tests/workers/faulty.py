@@ -22,9 +22,9 @@ class Faulty(Arrays):
 
     def __init__(self): super().__init__(clips())
 
-    def wave(self, ids, start=0, length=None):
-        if BAD in ids: self.fault()
-        return super().wave(ids, start, length)
+    def __getitem__(self, i):
+        if i == BAD: self.fault()
+        return super().__getitem__(i)
 
 
 class Killed(Faulty):
@@ -46,6 +46,6 @@ class Raising(Faulty):
 
 class Slow(Faulty):
     """Early batches take longer than late ones, so that workers overtake each other."""
-    def wave(self, ids, start=0, length=None):
-        time.sleep(.004 * (ids[0] % 5))
-        return Arrays.wave(self, ids, start, length)
+    def __getitem__(self, i):
+        time.sleep(.004 * (i % 5))
+        return Arrays.__getitem__(self, i)
