@@ -156,10 +156,8 @@ class Shards:
 
     def __len__(self) -> int: return self.n
     def __reduce__(self): return Shards, (self.folder,) # another process maps the files itself
-
     def __getitem__(self, i: int) -> np.ndarray: return self.piece(i) # (T,) int16
     def facts(self, i: int) -> dict: return json.loads(_bytes(self, i, "json_").tobytes()) # what the JSON beside a clip says
-
     def piece(self,
         i: int, # which clip
         start: int = 0, # its first sample
@@ -170,7 +168,6 @@ class Shards:
         length = samples - start if length is None else length
         if length < 1 or not 0 <= start <= samples - length: raise IndexError(f"clip {i} has {samples} samples, got a piece of {length} from {start}")
         return _decoded(sound, start, length) if self._flac else sound.view("<i2")[start:start + length]
-
     def wave(self,
         ids: Iterable[int] | Tensor, # (B,) clips, in any order, also repeated
         start: int | Sequence[int] | Tensor | None = None, # first sample, one for all or (B,); None: 0
