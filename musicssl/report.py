@@ -269,6 +269,7 @@ def save_figure(
     about: dict | None = None, # see `provenance`
 ) -> Path: # the picture
     """Save a figure as PNG with the CSV behind it and a JSON of its words, each atomically."""
+    fig.draw_without_rendering() # only now does the layout know where things stand
     stem, box = Path(stem), fig.get_tightbbox()
     note = "\n".join(textwrap.wrap(footer, int(box.width * 18.5)))
     with files.atomic(stem.with_name(f"{stem.name}.csv")) as unfinished:
@@ -322,8 +323,8 @@ def save_claims(
     return save_table(frame, stem, caption, footer, "Claims and verdicts", owner, about, "claims")
 
 # %% ../nbs/70_report.ipynb #27652e23
-PAPERS = {"clmr": "CLMR", "musicoder": "MusiCoder", "mulap": "MuLaP", "multitask": "Multi-task pre-training", "mert": "MERT",
-          "comparison": "All five on the same music"}
+PAPERS = {"scorebox": "The corpus", "clmr": "CLMR", "musicoder": "MusiCoder", "mulap": "MuLaP", "multitask": "Multi-task pre-training",
+          "mert": "MERT", "comparison": "All five on the same music"}
 _STYLE = """
 :root { --ink: #1f2430; --soft: #667085; --line: #e1e5ec; --paper: #ffffff; --ground: #f6f7fa; --accent: #0173b2; --chip: #ffffff }
 @media (prefers-color-scheme: dark) { :root { --ink: #e8eaf0; --soft: #9aa3b5; --line: #333a49; --paper: #1c212c; --ground: #12161e; --accent: #56b4e9; --chip: #10141b } }

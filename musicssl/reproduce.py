@@ -144,7 +144,7 @@ def _is_fresh(chapter: Chapter, profile: str) -> bool:
 def _tasks(selected: list[Chapter], profile: str):
     from doit.exceptions import TaskFailed
     from doit.tools import config_changed
-    shared = [*sorted(Path(records.__file__).parent.rglob("*.py")), *sorted((settings.root() / "data" / "reported").glob("*.csv")),
+    shared = [*sorted(Path(records.__file__).parent.rglob("*.py")), *sorted((settings.root() / "data").glob("*/*.csv")),
               settings.root() / "constraints.txt"]
     for chapter in selected:
         def action(chapter=chapter):
