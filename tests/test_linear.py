@@ -1,5 +1,9 @@
 """Filters, echoes and rooms: against referees, row by row, in every split of a batch, and without anybody waiting for a device."""
+import importlib.util
+import json
 import math
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -388,11 +392,11 @@ def test_no_loop_over_rows_off_the_cpu():
             return function(*args, **(kwargs or {}))
     calls = []
     steps = Compose([Filter(), Filter(kind="first-order"), Delay(), Reverb()])
-    for rows in (4, 400):
+    for rows in (4, 4, 400):                                  # once to fill what is kept from call to call
         wave, seeds = torch.zeros(rows, 4000, device="meta"), draw_seeds(rows, torch.Generator())
         with Count() as count: steps(wave, seeds=seeds)
         calls.append(count.calls)
-    assert calls[0] == calls[1]
+    assert calls[1] == calls[2]
 
 
 def test_in_fours_takes_always_four():
@@ -435,3 +439,41 @@ def test_rows_depend_on_the_batch_in_their_last_bits_only_on_a_gpu(split):
     less = Compose([step for step in chain().transforms if not isinstance(step, Reverb)])
     alone = torch.cat([less(waves()[i:i + 1].cuda(), seeds=SEEDS[i:i + 1]) for i in range(17)])
     torch.testing.assert_close(alone, less(waves().cuda(), seeds=SEEDS), atol=1e-6, rtol=0)
+
+
+# The benchmark
+
+@pytest.fixture(scope="module")
+def benchmark():
+    """By its path: WavAugment has its name."""
+    folder = Path(__file__).resolve().parent.parent / "benchmarks"
+    sys.path.insert(0, str(folder))
+    spec = importlib.util.spec_from_file_location("benchmark_of_augment", folder / "augment.py")
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_benchmark_runs_and_says_what_is_missing(benchmark, capsys):
+    benchmark.main(["--size", "test", "--json"])
+    said = capsys.readouterr()
+    found = json.loads(said.out)
+    assert "P3: skipped" in said.err and "P4" in found and {row["at_least"] for row in found["P4"]["rows"]} >= {2.5, 5.}
+    present = {name: importlib.util.find_spec(name) is not None for name in ("torchaudio_augmentations", "augment_cpp")}
+    assert ("P1" in found) == all(present.values()) and ("P2" in found) == present["torchaudio_augmentations"]
+    for name, id in {"torchaudio_augmentations": "torchaudio-augmentations", "augment_cpp": "sox"}.items():
+        assert present[name] or f"no rows for {id}" in said.err and "when last measured" in said.err
+
+
+def test_a_shift_out_of_tune_is_not_timed(benchmark, monkeypatch):
+    transform = benchmark.PitchShift.transform
+    monkeypatch.setattr(benchmark.PitchShift, "transform", lambda self, wave, params: transform(self, wave, {"cents": params["cents"] + 2}))
+    monkeypatch.setattr(benchmark, "paired", lambda *given: pytest.fail("it was timed"))
+    with pytest.raises(benchmark.Disagreement, match="cents away"): benchmark.main(["--size", "test", "--only", "P4"])
+
+
+def test_steps_that_differ_are_not_timed(benchmark):
+    right = torch.ones(2, 3)
+    benchmark.agree("a step", right, right, 1e-6)
+    for wrong in (right + 1e-5, right.where(right < 0, float("nan"))):
+        with pytest.raises(benchmark.Disagreement, match="a step"): benchmark.agree("a step", wrong, right, 1e-6)

@@ -8,6 +8,7 @@ __all__ = ['windowed_sinc', 'first_order', 'Filter', 'Delay', 'Reverb']
 # %% ../../nbs/42_linear.ipynb #9ff2e9f5
 import math
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +22,11 @@ def _in_fours(work: Callable, wave: Tensor, params: dict[str, Tensor]) -> Tensor
     if len(wave) == 0: return wave
     wide = wave if wave.dtype in (torch.float32, torch.float64) else wave.float()
     if wave.device.type != "cpu": return work(wide, params).to(wave.dtype)
-    rows = torch.arange(-(-len(wave) // 4) * 4).clamp_max(len(wave) - 1)          # the last row fills the last four
-    parts = [work(wide[four], {key: value[four] for key, value in params.items()}) for four in rows.split(4)]
+    def fours(rows: Tensor) -> list[Tensor]:
+        *whole, rest = rows.split(4)
+        return [*whole, torch.cat([rest, rest[-1:].expand(4 - len(rest), *rest.shape[1:])])]       # filled up with the last row
+    groups = {key: fours(value) for key, value in params.items()}
+    parts = [work(rows, {key: group[number] for key, group in groups.items()}) for number, rows in enumerate(fours(wide))]
     return torch.cat(parts)[:len(wave)].to(wave.dtype)
 
 
@@ -170,8 +174,10 @@ def _turns(samples: Tensor, n: int) -> tuple[Tensor, Tensor]:
     return coarse.to(torch.complex64)[..., :, None], fine.to(torch.complex64)[..., None, :]
 
 # %% ../../nbs/42_linear.ipynb #9719b47f
-def _smear(rate: Tensor, n: int) -> Tensor:
+@lru_cache(maxsize=4)
+def _smear(sample_rate: float, n: int, device: torch.device) -> Tensor:
     """The transfer functions of the all-passes, (1, 2, S, S); their level, 0.015, is shared by two channels."""
+    rate = torch.full((1,), sample_rate / 44100, dtype=torch.float64, device=device)
     coarse, fine = _turns(_sizes(_ALL_PASSES, rate), n)
     z = coarse * fine
     return .0075 * (1.5 - z).mul_(z.sub_(.5).reciprocal_()).prod(dim=2)
@@ -224,8 +230,7 @@ class Reverb(Transform):
         length = wave.shape[1]
         n = next_fast_len(length + length // 4 + 1, real=True)
         fade = (_FADE ** (-torch.arange(length, device=wave.device).double() / n)).float()
-        rate = torch.full((1,), self.sample_rate / 44100, dtype=torch.float64, device=wave.device)
-        smear = _smear(rate, n)
+        smear = _smear(self.sample_rate, n, wave.device)
         def work(wave: Tensor, params: dict[str, Tensor]) -> Tensor:
             room = _room(params, smear, self.sample_rate, n).flatten(1)[:, :n // 2 + 1]
             return wave + torch.fft.irfft(torch.fft.rfft(wave * fade, n) * room, n)[:, :length] / fade
