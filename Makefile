@@ -2,15 +2,17 @@
 # make test                        environment, export drift, clean notebooks, pytest
 # make lab                         the notebooks in JupyterLab
 # make export                      nbs/ -> musicssl/
+# make bench                       speed beside what else one could use (QUICK=1: within minutes)
 # make gpu-check                   what only a GPU can show
 PYTHON  ?= python3
 VENV    ?= .venv
 PROFILE ?= smoke
 FRESH   ?=
+QUICK   ?=
 BIN     := $(VENV)/bin
 READY   := $(VENV)/.musicssl-installed
 
-.PHONY: reproduce test check export lab gpu-check clean
+.PHONY: reproduce test check export lab bench gpu-check clean
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 13) else "musicssl needs Python 3.10 to 3.13, got %d.%d: make PYTHON=python3.11 ..." % v)'
@@ -35,8 +37,13 @@ export: $(READY)
 lab: $(READY)
 	$(BIN)/jupyter lab nbs
 
+bench: $(READY)
+	for room in data features; do $(BIN)/python benchmarks/$$room.py $(if $(QUICK),--quick) || exit 1; done
+
 gpu-check: $(READY)
 	$(BIN)/python -m pytest -m gpu tests
+	$(BIN)/python benchmarks/data.py --only P17 R14 --device cuda
+	$(BIN)/python benchmarks/features.py --only P6 --device cuda
 
 clean:
 	rm -rf figures/smoke figures/test .cache build dist *.egg-info
