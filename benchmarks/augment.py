@@ -206,7 +206,7 @@ def on_gpu(package: ModuleType | None, sox: bool, size: Size) -> list[Row]:
     in_tune()
     wave, few, generator, own = noise(size.pairs, CLIP).cuda(), noise(8, CLIP), torch.Generator().manual_seed(0), ours(whole=True)
     _, drawn = own.augment(wave, draw_seeds(size.pairs, generator))
-    alike = [name for name, value in drawn.items() if value.is_floating_point() and len(value.unique()) < min(5, size.pairs)]
+    alike = [name for name, value in drawn.items() if value.is_floating_point() and len(value.unique()) < 2]
     if alike: raise Disagreement(f"{alike[0]}: the same for all rows")
     candidates = {"ours": lambda: two_views(wave, own, generator), "step": training_step(wave)}
     if package: candidates["theirs"] = partial(each, theirs(package, whole=sox), few)
