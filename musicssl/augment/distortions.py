@@ -175,7 +175,7 @@ class Chopping(Transform):
         mean, deviation = torch.tensor(self.seconds, dtype=torch.float64, device=seeds.device)[integers(each, 0, len(self.seconds) - 1)].unbind(-1)
         seconds = mean + deviation * normal(fold_in(seeds, "length"), self.most)
         drawn = number < integers(fold_in(seeds, "chops"), 1, self.most)[:, None]
-        length = ((self.sample_rate * seconds).round().clamp(0, wave.shape[1]) * drawn).long()
+        length = ((self.sample_rate * seconds).round().clamp(1, wave.shape[1]) * drawn).long()
         return {"start": (uniform(fold_in(each, "start")) * (wave.shape[1] - length + 1)).long(), "length": length}
 
     def transform(self, wave: Tensor, params: dict[str, Tensor]) -> Tensor:
@@ -204,7 +204,8 @@ class Overlap(Transform):
         """`snr_db`; `partner`, a row of the batch or the bank; `onset` in the wave and `start` in the partner, samples; (B,) each."""
         rows, length = wave.shape if self.bank is None else self.bank.shape
         partner = integers(fold_in(seeds, "partner"), 0, rows - 1)
-        if self.bank is None: partner = (torch.arange(rows) + 1 + integers(fold_in(seeds, "partner"), 0, rows - 2)) % max(rows, 1)
+        if self.bank is None:                                # anybody but oneself
+            partner = (torch.arange(rows, device=seeds.device) + 1 + integers(fold_in(seeds, "partner"), 0, rows - 2)) % max(rows, 1)
         onset = (uniform(fold_in(seeds, "onset"), 0., .75) * wave.shape[1]).long()
         spare = (length - wave.shape[1] + onset + 1).clamp_min(1)
         return {"snr_db": _choose(fold_in(seeds, "snr"), self.snr_db), "partner": partner, "onset": onset,

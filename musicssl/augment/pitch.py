@@ -65,7 +65,7 @@ def stretch(
     wave: Tensor, # (B, L) float32
     rate: Tensor, # (B,) samples of the wave read per sample written, above 0; below 1 makes it longer
     n_samples: int, # length of what comes out; silence follows where the wave has ended
-    window: int = 2048, # samples in a frame, even
+    window: int = 3072, # samples in a frame, even
 ) -> Tensor: # (B, n_samples)
     """Change the duration of every row and leave its pitch.
 
@@ -79,7 +79,7 @@ def stretch(
     taper = torch.hann_window(window, device=wave.device).sqrt()                        # half a sine; its square adds up to 1
     spectrum = torch.fft.rfft(pieces[..., hop:] * taper)[..., :half]                    # X; without the highest bin
     expected = torch.fft.rfft(pieces[:, 1:, :window] * taper)[..., :half]               # E
-    turn = (spectrum[:, :-1] * expected.conj()).add_(1e-20).angle()                     # 1e-20: silence turns nothing
+    turn = (spectrum[:, :-1] * expected.conj()).detach().add_(1e-20).angle()            # 1e-20: silence turns nothing
     angle = F.pad(turn.cumsum(1), (0, 0, 1, 0))
     angle = angle.gather(2, _nearest_peak(spectrum.real.square() + spectrum.imag.square()))
     frames = torch.fft.irfft(spectrum * torch.complex(angle.cos(), angle.sin()), window) * taper
@@ -100,7 +100,7 @@ class PitchShift(Transform):
     def __init__(self,
         p: float = 1., # probability that a row takes part, 0 to 1
         cents: tuple[int, int] = (-700, 700), # lowest and highest shift, whole cents, both included; 100 are a semitone
-        window: int = 2048, # samples in a frame, even: the longer, the closer notes may be, and the softer attacks become
+        window: int = 3072, # samples in a frame, even: the longer, the closer notes may be, and the softer attacks become
     ):
         super().__init__(p)
         if any(c != int(c) for c in cents): raise ValueError(f"PitchShift: got {cents} cents, wanted whole numbers")
