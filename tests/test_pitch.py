@@ -112,6 +112,12 @@ def test_long_waves_have_no_seams():
     assert (vary_speed(wave, torch.ones(1), 70_000) - wave)[:, 100:-100].abs().max() < 2e-3
 
 
+@pytest.mark.parametrize("n_samples", [14_847, 14_848, 15_359, 30_720])
+def test_silence_follows_the_end(n_samples):
+    """Also where the wave ends with a block: its last value does not go on."""
+    assert vary_speed(torch.ones(2, n_samples), torch.tensor([1., 1.5]), 2 * n_samples)[:, n_samples + 600:].abs().max() < 1e-3
+
+
 @pytest.mark.parametrize("window", [512, 1024, 3072, 4096])
 def test_stretch_by_one_is_the_wave(window):
     """All of it but the highest bin, which is therefore filtered away first."""

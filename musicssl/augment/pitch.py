@@ -21,16 +21,16 @@ _BLOCK, _MARGIN = 16384, 512                                 # a long wave is fi
 
 
 def _finer(wave: Tensor, speed: Tensor) -> Tensor:
-    """Coefficients of a cubic spline, `_FINE` for every sample, of what may be read at that speed; one more in front, two behind."""
+    """Coefficients of a cubic spline, `_FINE` for every sample from the one before the first, of what may be read at that speed."""
     step = _BLOCK - 2 * _MARGIN
-    behind = -wave.shape[1] % step
-    blocks = F.pad(wave, (_MARGIN, behind + _MARGIN)).unfold(1, _BLOCK, step)           # (B, blocks, _BLOCK)
+    silence = _MARGIN + -(wave.shape[1] + 1 + _MARGIN) % step                          # behind the wave, enough to fall silent
+    blocks = F.pad(wave, (_MARGIN + 1, silence + _MARGIN)).unfold(1, _BLOCK, step)      # (B, blocks, _BLOCK)
     frequency = torch.arange(_BLOCK // 2 + 1, device=wave.device) / _BLOCK              # cycles per sample
     limit = .5 / speed.float().clamp_min(1.)[:, None]
     edge = .5 - .5 * torch.cos(math.pi * ((limit - frequency) / (_EDGE * limit)).clamp(0, 1))
     gain = edge * (_FINE / torch.sinc(frequency / _FINE) ** 4)
     fine = torch.fft.irfft(torch.fft.rfft(blocks) * gain[:, None], _FINE * _BLOCK)
-    return F.pad(fine[..., _FINE * _MARGIN:-_FINE * _MARGIN].flatten(1), (1, 2))
+    return fine[..., _FINE * _MARGIN:-_FINE * _MARGIN].flatten(1)
 
 # %% ../../nbs/43_pitch.ipynb #4eb6cb16
 def vary_speed(
@@ -40,11 +40,11 @@ def vary_speed(
 ) -> Tensor: # (B, n_samples), sample n is the wave at speed * n, band-limited
     """Play every row at its own speed, pitch and duration together."""
     fine = _finer(wave, speed)
-    last = fine.shape[1] - 4
+    last = fine.shape[1] - _FINE - 3
     position = (torch.arange(n_samples, device=wave.device) * (_FINE * speed.double())[:, None]).clamp(max=last)
     whole = position.long()
     share = position.frac().float()
-    p0, p1, p2, p3 = (fine[:, shift:].gather(1, whole) for shift in range(4))
+    p0, p1, p2, p3 = (fine[:, _FINE - 1 + shift:].gather(1, whole) for shift in range(4))
     cubic = torch.sub(p3, p0).add_(p1 - p2, alpha=3)                                    # in place: these arrays are long
     square = torch.add(p0, p2).sub_(p1, alpha=2)
     varied = cubic.mul_(share).add_(square, alpha=3).mul_(share).add_(p2 - p0, alpha=3).mul_(share)
@@ -55,10 +55,10 @@ def _nearest_peak(power: Tensor) -> Tensor:
     """Of (B, N, F), for every bin the bin of the nearest local maximum over five."""
     bins = power.shape[-1]
     peak = F.max_pool1d(power, 5, stride=1, padding=2) == power
-    bin = torch.arange(bins, dtype=torch.int32, device=power.device)                    # half the memory of int64
-    below = torch.where(peak, bin, -bins).cummax(-1).values
-    above = bins - 1 - torch.where(peak.flip(-1), bin, -bins).cummax(-1).values.flip(-1)
-    return torch.where(bin - below <= above - bin, below, above).clamp(0, bins - 1).long()
+    bin = torch.arange(bins, 2 * bins, dtype=torch.int32, device=power.device)          # from `bins` on, so that 0 says: no peak so far
+    below = (peak * bin).cummax(-1).values
+    above = 3 * bins - 1 - (peak.flip(-1) * bin).cummax(-1).values.flip(-1)
+    return torch.where(bin - below <= above - bin, below, above).clamp_(bins, 2 * bins - 1).sub_(bins).long()
 
 # %% ../../nbs/43_pitch.ipynb #546d1203
 def stretch(
