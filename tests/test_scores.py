@@ -97,7 +97,7 @@ def test_parts_of_a_madrigal_stay_together(table):
 
 
 def test_music21_reads_the_same_notes():
-    music21 = pytest.importorskip("music21")
+    import music21
     path = scores.corpus_root() / "bach" / "bwv66.6.mxl"
     ours = read_musicxml(path.read_bytes())
     theirs = [(float(note.offset), pitch.midi, float(note.quarterLength))

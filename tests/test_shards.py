@@ -66,7 +66,7 @@ def test_float_sources_labels_and_the_same_bytes_twice(tmp_path):
 
 
 def test_webdataset_and_tar_read_them(tmp_path):
-    webdataset = pytest.importorskip("webdataset")
+    import webdataset
     write(tmp_path, "int16", facts=[{"tag": i % 3} for i in range(23)])
     stream = webdataset.WebDataset(sorted(map(str, tmp_path.glob("*.tar"))), shardshuffle=False).decode()
     for i, sample in enumerate(stream):
