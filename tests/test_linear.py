@@ -12,7 +12,7 @@ from scipy.signal import butter, lfilter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from musicssl.augment.base import Compose, Gain, Noise, PolarityInversion, RandomCrop, Transform, draw_seeds
-from musicssl.augment.linear import Delay, Filter, Reverb, _in_fours
+from musicssl.augment.linear import Delay, Filter, Reverb, in_fours
 
 DEVICES = [torch.device("cpu"), pytest.param("cuda", marks=pytest.mark.gpu)]
 KINDS = {"sinc": Filter, "first-order": lambda p=1.: Filter(p, kind="first-order"), "delay": Delay, "reverb": Reverb}
@@ -240,7 +240,7 @@ def test_long_rows_do_not_depend_on_the_batch_and_why():
     for transform in (Filter(kind="first-order"), Filter(), Delay(), Reverb()):
         assert torch.equal(alone(transform), transform(wave, seeds=seeds)), transform.name
     with pytest.MonkeyPatch.context() as without:             # the mutation: as many rows at a time as there are
-        without.setattr("musicssl.augment.linear._in_fours", lambda work, wave, params: work(wave, params))
+        without.setattr("musicssl.augment.linear.in_fours", lambda work, wave, params: work(wave, params))
         differ = {name: (alone(KINDS[name]()) - KINDS[name]()(wave, seeds=seeds)).abs().max().item() for name in KINDS}
     assert max(differ.values()) > 0 and differ.pop("reverb") < 3e-5 and max(differ.values()) < 1e-6, "as where a batch stays whole"
 
@@ -402,7 +402,7 @@ def test_no_loop_over_rows_off_the_cpu():
 def test_in_fours_takes_always_four():
     sizes = []
     add = lambda wave, params: sizes.append((len(wave), len(params["a"]))) or wave + params["a"][:, None]
-    out = _in_fours(add, torch.zeros(6, 2), {"a": torch.arange(6.)})
+    out = in_fours(add, torch.zeros(6, 2), {"a": torch.arange(6.)})
     assert sizes == [(4, 4), (4, 4)] and torch.equal(out, torch.arange(6.)[:, None].expand(6, 2))
 
 

@@ -14,7 +14,7 @@ from scipy.fft import next_fast_len
 from torch import Tensor
 
 from .base import Compose, Transform, fold_in, integers, normal, ordered, uniform
-from .linear import Reverb, _in_fours
+from .linear import Reverb, in_fours
 
 # %% ../../nbs/44_distortions.ipynb #d347da04
 def _choose(seeds: Tensor, options: tuple[float, ...]) -> Tensor:
@@ -54,7 +54,7 @@ class AdditiveNoise(Transform):
 
     def transform(self, wave: Tensor, params: dict[str, Tensor]) -> Tensor:
         """The noisy rows (B, T)."""
-        return _in_fours(lambda wave, params: _mixed(wave, self._noise(wave, params), params["snr_db"]), wave, params)
+        return in_fours(lambda wave, params: _mixed(wave, self._noise(wave, params), params["snr_db"]), wave, params)
 
     def _noise(self, wave: Tensor, params: dict[str, Tensor]) -> Tensor:
         time = torch.arange(wave.shape[1], device=wave.device)
@@ -104,7 +104,7 @@ class BandDrop(Transform):
         def work(wave: Tensor, params: dict[str, Tensor]) -> Tensor:
             low, width = params["low_hz"].log2().to(wave.dtype)[:, None], params["octaves"].to(wave.dtype)[:, None]
             return _filtered(wave, lambda octave: 1 - _edge(octave - low) * _edge(low + width - octave), n, self.sample_rate)
-        return _in_fours(work, wave, params)
+        return in_fours(work, wave, params)
 
 # %% ../../nbs/44_distortions.ipynb #9b42a56d
 class DownSample(Transform):
@@ -129,7 +129,7 @@ class DownSample(Transform):
         def work(wave: Tensor, params: dict[str, Tensor]) -> Tensor:
             half_rate = -params["factor"].log2().to(wave.dtype)[:, None]           # in octaves, for a sample rate of 2
             return _filtered(wave, lambda octave: _edge(half_rate - octave - 1 / 12), n, 2.)
-        return _in_fours(work, wave, params)
+        return in_fours(work, wave, params)
 
 # %% ../../nbs/44_distortions.ipynb #5dd9a785
 class Clipping(Transform):
