@@ -70,7 +70,7 @@ def execute(
     copy.parent.mkdir(parents=True, exist_ok=True)
     with files.atomic(copy) as unfinished, _asked_for(parameters["profile"]):
         try: papermill.execute_notebook(notebook, unfinished, parameters, kernel_name="python3", language="python",
-                                        cwd=notebook.parent, extra_arguments=["--IPKernelApp.log_level=ERROR"])
+                                        cwd=notebook.parent, extra_arguments=["--IPKernelApp.log_level=CRITICAL"])
         except Exception as error: # a cell's, or the kernel's own end
             if unfinished.exists(): shutil.copyfile(unfinished, copy.with_suffix(".failed.ipynb"))
             raise NotebookFailed(f"{notebook.name}, {_what_failed(error)}\n"
