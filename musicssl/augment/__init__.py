@@ -6,6 +6,10 @@
 __all__ = []
 
 # %% ../../nbs/40_augment.ipynb #e0f9efc1
-from .base import (Compose, Gain, Noise, PolarityInversion, RandomCrop, Transform, draw_seeds, fold_in, integers, normal,
-                                   ordered, row_seeds, uniform)
+from .base import Compose, Gain, Noise, PolarityInversion, RandomCrop, Transform
+from .base import draw_seeds, fold_in, integers, normal, ordered, row_seeds, uniform
 from .clmr import CLMR_PRESETS, clmr_chain, two_views
+from .distortions import AdditiveNoise, BandDrop, Chopping, Clipping, DownSample, Overlap, pase_plus
+from .linear import Delay, Filter, Reverb, first_order, in_fours, windowed_sinc
+from .mixture import NoiseMixture
+from .pitch import PitchShift, stretch, vary_speed
