@@ -2,7 +2,8 @@
 
     python benchmarks/data.py [--quick] [--json] [--only P16 P17 R14 render] [--device cuda]
 
-P16     a random 15-s clip out of 60-s tracks, on one core: our store against tar shards, litdata and seeking in sound files
+P16     a random 15-s clip out of 60-s tracks, on one core: our store against tar shards, litdata and seeking in sound files; as the integers
+        that were stored, and as float32 in [-1, 1), a conversion that costs all of them the same
 P17     how long a training step of SampleCNN waits for its batch
 R14     what comparing checksums at the first read costs
 render  500 clips of 15 s on 2 cores, against the 3 minutes they may take
@@ -85,14 +86,21 @@ def choose_places(folder: Path, size: Size) -> Places:
     return Places(corpus.store, folder, at, length)
 
 
-def from_store(places: Places) -> Iterator[np.ndarray]:
-    """Ours: a window onto a file of numbers."""
-    for track, first in places.at: yield places.store.wave([track], [first], places.length)[0].numpy()
+def from_store(places: Places, dtype: str) -> Iterator[np.ndarray]:
+    """Ours: a window onto a file of numbers, copied."""
+    for track, first in places.at:
+        if dtype == "int16": yield places.store[track][first:first + places.length].copy()
+        else: yield places.store.wave([track], first, places.length)[0].numpy()
 
 
-def from_file(places: Places, kind: str) -> Iterator[np.ndarray]:
+def from_file(places: Places, kind: str, dtype: str) -> Iterator[np.ndarray]:
     """Seek in a sound file and decode."""
-    for track, first in places.at[:16]: yield sf.read(places.folder / f"{track}.{kind}", places.length, first, dtype="float32")[0]
+    for track, first in places.at[:16]: yield sf.read(places.folder / f"{track}.{kind}", places.length, first, dtype=dtype)[0]
+
+
+def converted(clip: np.ndarray, dtype: str) -> np.ndarray:
+    """Integers as they are, or as float32."""
+    return clip if dtype == "int16" else clip * UNIT
 
 
 def write_files(places: Places, kind: str) -> Callable:
@@ -112,8 +120,9 @@ def write_tar(places: Places) -> Callable:
     with webdataset.ShardWriter(str(places.folder / "shard-%04d.tar"), maxcount=32, verbose=0) as shards:
         for number, clip in enumerate(cut_clips(places)): shards.write({"__key__": f"{number:06d}", "int16": clip.tobytes()})
     files = sorted(map(str, places.folder.glob("shard-*.tar")))
-    def read() -> Iterator[np.ndarray]:
-        for sample in webdataset.WebDataset(files, shardshuffle=False, empty_check=False): yield np.frombuffer(sample["int16"], "<i2") * UNIT
+    def read(dtype: str) -> Iterator[np.ndarray]:
+        for sample in webdataset.WebDataset(files, shardshuffle=False, empty_check=False):
+            yield converted(np.frombuffer(sample["int16"], "<i2"), dtype)
     return read
 
 
@@ -126,25 +135,25 @@ def write_litdata(places: Places) -> Callable:
     writer.done()
     writer.merge()
     dataset = litdata.StreamingDataset(str(places.folder / "litdata"))
-    def read() -> Iterator[np.ndarray]:
-        for sample in dataset: yield np.asarray(sample["int16"]) * UNIT
+    def read(dtype: str) -> Iterator[np.ndarray]:
+        for sample in dataset: yield converted(np.asarray(sample["int16"]), dtype)
     return read
 
 
-PEERS = {"webdataset, int16": (write_tar, 3.), "litdata, int16": (write_litdata, 2.), "FLAC, seek": (partial(write_files, kind="flac"), 20.),
+PEERS = {"webdataset": (write_tar, 3.), "litdata": (write_litdata, 2.), "FLAC, seek": (partial(write_files, kind="flac"), 20.),
          "WAV, seek": (partial(write_files, kind="wav"), None), "MP3, seek": (partial(write_files, kind="mp3"), None),
          "Ogg Vorbis, seek": (partial(write_files, kind="ogg"), None)}
 LOSSY = "MP3, seek", "Ogg Vorbis, seek"
 
 
-def agree(places: Places, readers: dict[str, Callable]) -> None:
-    """Every reader gives the int16 that FLAC decodes to, divided by 32768, bit by bit; lossy files give as many samples."""
-    decoded = [sf.read(places.folder / f"{track}.flac", places.length, first, dtype="int16")[0] * UNIT for track, first in places.at]
+def agree(places: Places, readers: dict[str, Callable], dtype: str) -> None:
+    """Every reader gives the int16 that FLAC decodes to, or that divided by 32768, bit by bit; lossy files give as many samples."""
+    decoded = [converted(sf.read(places.folder / f"{track}.flac", places.length, first, dtype="int16")[0], dtype) for track, first in places.at]
     for name, reader in readers.items():
         found, wanted = list(reader()), decoded[:16] if name.endswith("seek") else decoded
         if len(found) != len(wanted): raise Disagreement(f"{name}: {len(found)} clips, wanted {len(wanted)}")
         for place, clip, right in zip(places.at, found, wanted):
-            if clip.shape != right.shape or clip.dtype != np.float32 or (name not in LOSSY and not np.array_equal(clip, right)):
+            if clip.shape != right.shape or clip.dtype != np.dtype(dtype) or (name not in LOSSY and not np.array_equal(clip, right)):
                 raise Disagreement(f"{name}: track {place[0]} from sample {place[1]} on is not what was stored there")
 
 
@@ -178,12 +187,16 @@ def random_clips(folder: Path, size: Size) -> list[Row]:
     for name, (write, _) in PEERS.items():
         try: readers[name] = write(places)
         except ImportError as error: print(f"P16: no row for {name}: {error}", file=sys.stderr)
+    bound = {dtype: {name: partial(reader, dtype=dtype) for name, reader in readers.items()} for dtype in ("int16", "float32")}
+    rows = []
     with no_remarks():
-        agree(places, readers)
-        times = paired(readers, size.rounds, measure=per_clip)
-    speed = lambda name: f"{1 / median(times[name]):,.0f} clips/s"
-    return [row("P16", f"store : {name}", times[name], times["store"], at_least=PEERS[name][1], note=f"{speed('store')} : {speed(name)}")
-            for name in readers if name != "store"]
+        for dtype in bound: agree(places, bound[dtype], dtype)
+        for dtype in bound:
+            times = paired(bound[dtype], size.rounds, measure=per_clip)
+            speed = {name: f"{1 / median(taken):,.0f} clips/s" for name, taken in times.items()}
+            rows += [row("P16", f"{dtype}, store : {name}", times[name], times["store"], at_least=PEERS[name][1],
+                         note=f"{speed['store']} : {speed[name]}") for name in readers if name != "store"]
+    return rows
 
 
 # P17: a training step and its batch

@@ -29,7 +29,8 @@ def test_the_whole_benchmark_as_json():
     for entry in found.values():
         assert entry["min"] <= entry["ratio"] <= entry["max"] and isinstance(entry["met"], bool)
         assert (entry["ratio"], entry["what"]) in {(row["ratio"], row["what"]) for row in entry["rows"]}
-    assert {row["what"]: row["at_least"] for row in found["P16"]["rows"]}.items() >= {"store : webdataset, int16": 3., "store : FLAC, seek": 20.}.items()
+    wanted = {f"{dtype}, store : {peer}": least for dtype in ("int16", "float32") for peer, least in {"webdataset": 3., "FLAC, seek": 20.}.items()}
+    assert {row["what"]: row["at_least"] for row in found["P16"]["rows"]}.items() >= wanted.items()
     assert {row["at_most"] for row in found["P17"]["rows"]} == {.05, None}
 
 
@@ -58,7 +59,7 @@ def one_step_off(wave):
     return wrong
 
 
-def one_sample_late(wave): return lambda store, ids, start, length: wave(store, ids, [first + 1 if first else 1 for first in start], length)
+def one_sample_late(wave): return lambda store, ids, start, length: wave(store, ids, start + 1, length)
 
 
 def in_double(wave): return lambda *given: wave(*given).double()
@@ -74,21 +75,28 @@ def places(tmp_path_factory):
     return found
 
 
-def readers(places): return {"store": lambda: data.from_store(places), "FLAC, seek": lambda: data.from_file(places, "flac")}
+def readers(places, dtype="float32"):
+    return {"store": lambda: data.from_store(places, dtype), "FLAC, seek": lambda: data.from_file(places, "flac", dtype)}
 
 
-def test_a_store_that_reads_right_agrees_with_flac(places): data.agree(places, readers(places))
+@pytest.mark.parametrize("dtype", ["int16", "float32"])
+def test_a_store_that_reads_right_agrees_with_flac(places, dtype): data.agree(places, readers(places, dtype), dtype)
+
+
+def test_integers_that_are_wrong_do_not(places, monkeypatch):
+    monkeypatch.setattr(Store, "__getitem__", lambda store, i, right=Store.__getitem__: right(store, i) + np.int16(1))
+    with pytest.raises(paired.Disagreement, match="^store: track"): data.agree(places, readers(places, "int16"), "int16")
 
 
 @pytest.mark.parametrize("fault", WRONG)
 def test_a_store_that_reads_wrong_does_not(places, monkeypatch, fault):
     monkeypatch.setattr(Store, "wave", WRONG[fault](Store.wave))
-    with pytest.raises(paired.Disagreement, match="^store: track"): data.agree(places, readers(places))
+    with pytest.raises(paired.Disagreement, match="^store: track"): data.agree(places, readers(places), "float32")
 
 
 def test_a_reader_that_leaves_a_clip_out_does_not(places):
     with pytest.raises(paired.Disagreement, match="store: 7 clips, wanted 8"):
-        data.agree(places, {"store": lambda: list(data.from_store(places))[1:]})
+        data.agree(places, {"store": lambda: list(data.from_store(places, "float32"))[1:]}, "float32")
 
 
 @pytest.mark.parametrize("agreement", [True, False], ids=["with", "without"])
@@ -98,7 +106,7 @@ def test_what_does_not_agree_is_not_timed(monkeypatch, agreement):
     monkeypatch.setattr(Store, "wave", one_step_off(Store.wave))
     monkeypatch.setattr(data, "PEERS", {"FLAC, seek": data.PEERS["FLAC, seek"]})
     monkeypatch.setattr(data, "paired", lambda *given, **more: timed.append(given) or paired.paired(*given, **more))
-    if not agreement: monkeypatch.setattr(data, "agree", lambda places, readers: None)
+    if not agreement: monkeypatch.setattr(data, "agree", lambda places, readers, dtype: None)
     try: data.main(["--size", "test", "--only", "P16"])
     except paired.Disagreement: pass
     assert bool(timed) != agreement
