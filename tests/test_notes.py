@@ -17,7 +17,8 @@ import pytest
 
 from musicssl.data import notes as single
 from musicssl.data import scorebox
-from musicssl.data.notes import FAMILIES, LEFT_OUT, NEW_TIMBRE, SPLITS, audition, hear, load, make_notes, plan_notes, recordings, sound_report
+from musicssl.data.notes import FAMILIES, LEFT_OUT, NEW_TIMBRE, audition, hear, load, make_notes, plan_notes, recordings, sound_report
+from musicssl.data.scorebox import SPLITS
 from musicssl.data.sampler import Sampler, SoundFont
 from musicssl.data.store import CorruptStore, StoreWriter, UnfinishedStore
 

@@ -191,7 +191,7 @@ def test_a_corpus_of_one_split():
 def test_a_corpus_of_one_split_says_so(cache):
     more = scorebox.load(3, 3., only="train", cache=cache, workers=1, progress=False)
     assert more.ids("train").tolist() == [0, 1, 2] and more.splits == ["train"]
-    with pytest.raises(ValueError, match="got split 'test', this corpus has train$"): more.ids("test")
+    with pytest.raises(ValueError, match="got split 'test', wanted train$"): more.ids("test")
 
 
 @needs_data

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from .. import files
 from .arrange import Draws
 from .sampler import SOUNDFONT_SHA256, Sampler, SoundFont, cents_off, pitch_of
-from .scorebox import RATES, SPLITS, derive_rate, fewer_workers, read_labels, write_labels
+from .scorebox import RATES, Rendered, derive_rate, fewer_workers, write_labels
 from .scores import side_by_side, split_of
 from ..settings import cache_dir
 
@@ -114,40 +114,17 @@ def make_notes(
     return np.round(np.stack(waves) * np.float32(32767)).astype(np.int16)
 
 # %% ../../nbs/29_notes.ipynb #0b1b8d8b
-class Notes:
-    """Single notes with everything known about them.
-
-    Raises: `UnfinishedStore` for a folder that is not complete, `CorruptStore` when sound or labels are not what was written.
-    """
+class Notes(Rendered):
+    """Single notes."""
+    name = "note_id"
 
     def __init__(self,
         folder: Path, # as `load` made it
     ):
-        from musicssl.data.store import Store # brings torch, which rendering processes do without
-        self.folder, self.fingerprint, self.store = folder, folder.name, Store(folder)
-        self.recipe: dict[str, Any] = self.store.meta["recipe"]
-        self.sample_rate, self.seconds = self.store.sample_rate, self.recipe["seconds"]
-        self.labels = read_labels(folder, self.store.meta["labels_crc32"])
+        super().__init__(folder)
         self.families = tuple(FAMILIES)
-        column = lambda name: np.array([row[name] for row in self.labels])
-        self.split, self.program, self.pitch, self.velocity = map(column, ("split", "program", "pitch", "velocity")) # (notes,) each
+        self.program, self.pitch, self.velocity = (np.array([row[name] for row in self.labels]) for name in ("program", "pitch", "velocity"))
         self.family = np.array([self.families.index(row["family"]) for row in self.labels]) # (notes,) index into `families`
-
-    def __len__(self) -> int: return len(self.labels)
-
-    def ids(self, split: str) -> np.ndarray: # note numbers, ascending
-        """The notes of a split. Raises: `ValueError` for a split there is not."""
-        if split not in SPLITS: raise ValueError(f"got split {split!r}, wanted {', '.join(SPLITS)}")
-        return np.flatnonzero(self.split == split)
-
-    def wave(self, ids: Any): # (B, T) float32 tensor in [-1, 1]
-        """The sound of some notes, given by number."""
-        return self.store.wave(ids)
-
-    def table(self): # pandas DataFrame, one row per note
-        """All labels as a table."""
-        import pandas as pd
-        return pd.DataFrame(self.labels).set_index("note_id")
 
 # %% ../../nbs/29_notes.ipynb #33d8169d
 def render(

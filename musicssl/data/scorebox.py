@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CHUNK', 'RATES', 'OPTIONS', 'LABELS', 'SPLITS', 'VERSION', 'impulse_response', 'render_clip', 'clip_names',
-           'make_clips', 'fewer_workers', 'write_labels', 'read_labels', 'Corpus', 'render', 'load', 'derive_rate',
-           'sound_report']
+           'make_clips', 'fewer_workers', 'write_labels', 'read_labels', 'Rendered', 'Corpus', 'render', 'load',
+           'derive_rate', 'sound_report']
 
 # %% ../../nbs/27_scorebox.ipynb #96fcaf28
 import gzip
@@ -123,11 +123,12 @@ def read_labels(
     return json.loads(gzip.decompress(packed))
 
 # %% ../../nbs/27_scorebox.ipynb #06587c8b
-class Corpus:
-    """Clips of ScoreBox with everything known about them.
+class Rendered:
+    """A folder of rendered sound with everything known about it.
 
     Raises: `UnfinishedStore` for a folder that is not complete, `CorruptStore` when sound or labels are not what was written.
     """
+    name = "clip_id" # column that names a row
 
     def __init__(self,
         folder: Path, # as `load` made it
@@ -137,19 +138,37 @@ class Corpus:
         self.recipe: dict[str, Any] = self.store.meta["recipe"]
         self.sample_rate, self.seconds = self.store.sample_rate, self.recipe["seconds"]
         self.labels = read_labels(folder, self.store.meta["labels_crc32"])
-        self.tag_names = TAGS
-        self.tags = np.array([[tag in row["tags"] for tag in TAGS] for row in self.labels], np.uint8) # (clips, 22)
-        self.split = np.array([row["split"] for row in self.labels]) # (clips,) one of `SPLITS`
+        self.split = np.array([row["split"] for row in self.labels]) # (n,) one of `SPLITS`
         self.splits = [split for split in SPLITS if split in self.split] # those there are
-        self.group = np.array([row["group"] for row in self.labels], np.int64) # (clips,) composition
-        self.clip_id = [row["clip_id"] for row in self.labels]
 
     def __len__(self) -> int: return len(self.labels)
 
-    def ids(self, split: str) -> np.ndarray: # clip numbers, ascending
-        """The clips of a split. Raises: `ValueError` for a split there is not."""
-        if split not in self.splits: raise ValueError(f"got split {split!r}, this corpus has {', '.join(self.splits)}")
+    def ids(self, split: str) -> np.ndarray: # row numbers, ascending
+        """The rows of a split. Raises: `ValueError` for a split there is not."""
+        if split not in self.splits: raise ValueError(f"got split {split!r}, wanted {', '.join(self.splits)}")
         return np.flatnonzero(self.split == split)
+
+    def wave(self, ids: Any): # (B, T) float32 tensor in [-1, 1]
+        """The sound of some rows, given by number."""
+        return self.store.wave(ids)
+
+    def table(self): # pandas DataFrame, one row per sound
+        """All labels as a table."""
+        import pandas as pd
+        return pd.DataFrame(self.labels).set_index(self.name)
+
+# %% ../../nbs/27_scorebox.ipynb #281e7d7b
+class Corpus(Rendered):
+    """Clips of ScoreBox."""
+
+    def __init__(self,
+        folder: Path, # as `load` made it
+    ):
+        super().__init__(folder)
+        self.tag_names = TAGS
+        self.tags = np.array([[tag in row["tags"] for tag in TAGS] for row in self.labels], np.uint8) # (clips, 22)
+        self.group = np.array([row["group"] for row in self.labels], np.int64) # (clips,) composition
+        self.clip_id = [row["clip_id"] for row in self.labels]
 
     @cached_property
     def steady(self) -> np.ndarray: # (clips,) bool: beats equally spaced, so that one tempo describes the whole clip
@@ -158,15 +177,6 @@ class Corpus:
     def beat_times(self, i: int) -> np.ndarray: # (beats,) float64, s, ascending; the first is a downbeat at 0
         """Where one taps in a clip."""
         return np.array(self.labels[i]["beats"])
-
-    def wave(self, ids: Any): # (B, T) float32 tensor in [-1, 1]
-        """The sound of some clips, given by number."""
-        return self.store.wave(ids)
-
-    def table(self): # pandas DataFrame, one row per clip
-        """All labels as a table."""
-        import pandas as pd
-        return pd.DataFrame(self.labels).set_index("clip_id")
 
     def tag_counts(self): # pandas DataFrame (22, splits): clips of each split in which the instrument plays
         """How often each tag occurs in each split."""

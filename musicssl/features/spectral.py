@@ -219,11 +219,7 @@ class SpectralFlatness(nn.Module):
         return power.log().mean(-2, keepdim=True).exp() / power.mean(-2, keepdim=True)
 
 # %% ../../nbs/12_spectral.ipynb #0c680dda
-class RMS(nn.Module):
-    """Root mean square of each frame.
-
-    Source: librosa 0.11, `feature.rms`. Raises: `ValueError` for an odd frame or a hop below 1.
-    """
+class _Framed(nn.Module):
     def __init__(self,
         frame: int = 2048, # samples, even
         hop: int = 512, # samples from frame to frame
@@ -232,6 +228,11 @@ class RMS(nn.Module):
         if frame < 2 or frame % 2 or hop < 1: raise ValueError(f"got a frame of {frame}, a hop of {hop} samples, wanted an even frame, hop >= 1")
         self.frame, self.hop = frame, hop
 
+class RMS(_Framed):
+    """Root mean square of each frame.
+
+    Source: librosa 0.11, `feature.rms`. Raises: `ValueError` for an odd frame or a hop below 1.
+    """
     @batched
     def forward(self,
         wave: Tensor, # (..., T) mono, T >= 1
@@ -239,19 +240,11 @@ class RMS(nn.Module):
         frames = nn.functional.pad(wave, (self.frame // 2, self.frame // 2)).unfold(-1, self.frame, self.hop)
         return torch.linalg.vector_norm(frames, dim=-1).unsqueeze(-2) / self.frame**.5
 
-class ZeroCrossingRate(nn.Module):
+class ZeroCrossingRate(_Framed):
     """Share of a frame's samples at which the sign changes; what is below 1e-10 counts as zero, zero as positive.
 
     Source: librosa 0.11, `feature.zero_crossing_rate`. Raises: `ValueError` for an odd frame or a hop below 1.
     """
-    def __init__(self,
-        frame: int = 2048, # samples, even
-        hop: int = 512, # samples from frame to frame
-    ):
-        super().__init__()
-        if frame < 2 or frame % 2 or hop < 1: raise ValueError(f"got a frame of {frame}, a hop of {hop} samples, wanted an even frame, hop >= 1")
-        self.frame, self.hop = frame, hop
-
     @batched
     def forward(self,
         wave: Tensor, # (..., T) mono, T >= 1
