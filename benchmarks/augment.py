@@ -32,8 +32,8 @@ from torch import Tensor
 
 from musicssl import compat
 from musicssl.audio import Batch
-from musicssl.augment.base import Compose, Gain, Noise, PolarityInversion, RandomCrop, draw_seeds
-from musicssl.augment.clmr import two_views
+from musicssl.augment.base import Compose, RandomCrop, draw_seeds
+from musicssl.augment.clmr import clmr_code_v2, clmr_views
 from musicssl.augment.linear import Delay, Filter, Reverb
 from musicssl.augment.pitch import PitchShift
 from musicssl.encoders.samplecnn import SampleCNN
@@ -82,10 +82,7 @@ def official() -> tuple[ModuleType | None, bool]:
 
 def ours(whole: bool) -> Compose:
     """Crop, polarity, noise, gain, filter, delay; and if whole, pitch and reverb."""
-    percent = (0, 99)
-    return Compose([RandomCrop(VIEW), PolarityInversion(.8), Noise(.01, even_in="amplitude"), Gain(.3, (-20., -1.)), Filter(.8, sample_rate=RATE),
-                    Delay(.3, include_last=False, sample_rate=RATE),
-                    *([PitchShift(.6), Reverb(.6, percent, percent, percent, whole=True, sample_rate=RATE)] if whole else [])])
+    return Compose(clmr_code_v2(VIEW, RATE).transforms[:8 if whole else 6])
 
 
 def theirs(package: ModuleType, whole: bool) -> Callable:
@@ -153,7 +150,7 @@ def chain(id: str, package: ModuleType, whole: bool, size: Size) -> list[Row]:
     """P1 and P2."""
     wave, own = noise(size.clips, CLIP), ours(whole)
     generator = torch.Generator().manual_seed(0)
-    times = paired({"ours": lambda: two_views(wave, own, generator), "theirs": partial(each, theirs(package, whole), wave)}, size.rounds)
+    times = paired({"ours": lambda: clmr_views(wave, own, generator), "theirs": partial(each, theirs(package, whole), wave)}, size.rounds)
     speed = lambda name: f"{1e3 * median(times[name]) / 2 / size.clips:.2f}"
     name = f"{'whole chain' if whole else 'chain without pitch and reverb'}: torchaudio-augmentations{' with sox' if whole else ''} : ours"
     ratios = [a / b for a, b in zip(times["theirs"], times["ours"])]
@@ -208,7 +205,7 @@ def on_gpu(package: ModuleType | None, sox: bool, size: Size) -> list[Row]:
     _, drawn = own.augment(wave, draw_seeds(size.pairs, generator))
     alike = [name for name, value in drawn.items() if value.is_floating_point() and len(value.unique()) < 2]
     if alike: raise Disagreement(f"{alike[0]}: the same for all rows")
-    candidates = {"ours": lambda: two_views(wave, own, generator), "step": training_step(wave)}
+    candidates = {"ours": lambda: clmr_views(wave, own, generator), "step": training_step(wave)}
     if package: candidates["theirs"] = partial(each, theirs(package, whole=sox), few)
     times = paired(candidates, size.rounds)
     pairs = f"{size.pairs / median(times['ours']):,.0f} pairs/s"

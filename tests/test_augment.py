@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from musicssl.augment import (CLMR_PRESETS, Compose, Gain, Noise, PolarityInversion, RandomCrop, Transform, clmr_chain,
-                              draw_seeds, fold_in, normal, two_views, uniform)
+from musicssl.augment import (CLMR_CHAINS, Compose, Gain, Noise, PolarityInversion, RandomCrop, Transform, clmr_chain,
+                              draw_seeds, fold_in, normal, clmr_views, uniform)
 
 DEVICES = [torch.device("cpu"), pytest.param("cuda", marks=pytest.mark.gpu)]
 PRESERVING = {"polarity": PolarityInversion(), "noise": Noise(), "gain": Gain(), "some": Compose([PolarityInversion(.5), Noise(.5), Gain(.5)])}
@@ -47,27 +47,27 @@ def test_only_the_generator_decides():
     for seed in (0, 1):
         random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
         before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
-        results.append(torch.cat(two_views(waves(), busy_chain(), torch.Generator().manual_seed(9))))
+        results.append(torch.cat(clmr_views(waves(), busy_chain(), torch.Generator().manual_seed(9))))
         assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
     assert torch.equal(*results)
-    assert not torch.equal(results[0], torch.cat(two_views(waves(), busy_chain(), torch.Generator().manual_seed(10))))
+    assert not torch.equal(results[0], torch.cat(clmr_views(waves(), busy_chain(), torch.Generator().manual_seed(10))))
 
 
 def test_the_generator_moves_on():
     generator = torch.Generator().manual_seed(9)
-    first, second = (torch.cat(two_views(waves(), busy_chain(), generator)) for _ in range(2))
+    first, second = (torch.cat(clmr_views(waves(), busy_chain(), generator)) for _ in range(2))
     assert not torch.equal(first, second)
 
 
 def test_another_process_draws_the_same():
     """R23: nothing depends on the process, its hash seed or its number of threads."""
     code = ("import hashlib, torch; torch.set_num_threads({threads}); from musicssl.augment import clmr_chain, draw_seeds;"
-            "_, params = clmr_chain(100).augment(torch.zeros(64, 200), draw_seeds(64, torch.Generator().manual_seed(5)));"
+            "_, params = clmr_chain(n_samples=100).augment(torch.zeros(64, 200), draw_seeds(64, torch.Generator().manual_seed(5)));"
             "print(hashlib.sha256(repr([(name, value.tolist()) for name, value in params.items()]).encode()).hexdigest())")
     def digest(threads, hash_seed):
         environment = {**os.environ, "PYTHONHASHSEED": str(hash_seed)}
         return subprocess.run([sys.executable, "-c", code.format(threads=threads)], env=environment, capture_output=True, text=True, check=True).stdout.strip()
-    _, params = clmr_chain(100).augment(torch.zeros(64, 200), draw_seeds(64, torch.Generator().manual_seed(5)))
+    _, params = clmr_chain(n_samples=100).augment(torch.zeros(64, 200), draw_seeds(64, torch.Generator().manual_seed(5)))
     here = hashlib.sha256(repr([(name, value.tolist()) for name, value in params.items()]).encode()).hexdigest()
     assert digest(1, 1) == digest(2, 2) == here
 
@@ -92,14 +92,14 @@ def test_shape_dtype_and_device_are_kept(name, dtype, device):
 
 @pytest.mark.gpu
 def test_views_on_the_gpu_are_those_of_the_cpu():
-    here, there = (two_views(waves().to(device), busy_chain(), seeds=SEEDS) for device in ("cpu", "cuda"))
+    here, there = (clmr_views(waves().to(device), busy_chain(), seeds=SEEDS) for device in ("cpu", "cuda"))
     for a, b in zip(here, there): torch.testing.assert_close(b.cpu(), a, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("preset", CLMR_PRESETS)
+@pytest.mark.parametrize("preset", CLMR_CHAINS)
 def test_silence_stays_finite(preset):
     """R7: a batch of silence goes through every preset without a NaN."""
-    for view in two_views(torch.zeros(200, 500), clmr_chain(400, preset), seeds=draw_seeds(200, torch.Generator().manual_seed(0))):
+    for view in clmr_views(torch.zeros(200, 500), clmr_chain(preset, 400), seeds=draw_seeds(200, torch.Generator().manual_seed(0))):
         assert view.shape == (200, 400) and (view == 0).all()
 
 
@@ -113,31 +113,38 @@ def test_noise_has_the_drawn_ratio(snr):
 def test_noise_differs_between_rows_views_and_steps():
     wave = waves(rows=1).expand(16, -1)
     chain = Compose([Noise(), Noise()])
-    first, second = (view - wave for view in two_views(wave, chain, seeds=SEEDS))
+    first, second = (view - wave for view in clmr_views(wave, chain, seeds=SEEDS))
     noises = torch.cat([first, second])
     assert torch.corrcoef(noises)[~torch.eye(32, dtype=torch.bool)].abs().max() < .12
     _, params = chain.augment(wave, SEEDS)
     assert not (params["noise.noise_seed"] == params["noise_2.noise_seed"]).any()
 
 
-@pytest.mark.parametrize("preset, expected", {
-    "paper": {"crop": 1., "polarity": .8, "noise": .01, "gain": .3},
-    "code_v1": {"crop": 1., "polarity": .8, "noise": 0., "gain": .3},
-    "code_v2": {"crop": 1., "polarity": .8, "noise": .01, "gain": .3},
-}.items())
-def test_presets(preset, expected):
-    """The table of the paper's text and of two versions of its code; rates within three standard deviations of p."""
-    chain, seeds = clmr_chain(1, preset), draw_seeds(10_000, torch.Generator().manual_seed(2))
-    assert {step.name: step.p for step in chain.transforms} == expected
-    _, params = chain.augment(torch.zeros(10_000, 1), seeds)
-    for name, p in expected.items():
-        rate = params[f"{name}.applied"].double().mean().item()
-        assert abs(rate - p) <= 3 * (p * (1 - p) / 10_000) ** .5, (name, rate)
-    gains = params["gain.gain_db"]
-    low, high = {"paper": (-6, 0)}.get(preset, (-20, -1))
+@pytest.mark.parametrize("name, noise, gain", [("clmr_paper", .01, (-6, 0)), ("clmr_code_v1", 0., (-20, -1)), ("clmr_code_v2", .01, (-20, -1))])
+def test_chains(name, noise, gain):
+    """The order and the probabilities of the paper's text and of two versions of its code; rates within three standard deviations of p."""
+    expected = {"crop": 1., "polarity": .8, "noise": noise, "gain": .3, "filter": .8, "delay": .3, "pitch": .6, "reverb": .6}
+    chain, seeds = clmr_chain(name), draw_seeds(10_000, torch.Generator().manual_seed(2))
+    assert [(step.name, step.p) for step in chain.transforms] == [*expected.items()]
+    _, params = chain.augment(torch.zeros(10_000, 60_000, device="meta"), seeds)
+    for step, p in expected.items():
+        rate = params[f"{step}.applied"].double().mean().item()
+        assert abs(rate - p) <= 3 * (p * (1 - p) / 10_000) ** .5, (step, rate)
+    gains, (low, high) = params["gain.gain_db"], gain
     assert low <= gains.min() < low + .5 and high - .5 < gains.max() <= high
-    assert (gains == gains.round()).all().item() == (preset == "code_v1")
+    assert (gains == gains.round()).all().item() == (name == "clmr_code_v1")
     assert 40 <= params["noise.snr_db"].min() and params["noise.snr_db"].max() <= 80
+    whole = {"clmr_paper": (False, False), "clmr_code_v1": (True, True), "clmr_code_v2": (False, True)}[name]
+    for key, wanted in zip(("filter.cutoff_hz", "reverb.damping"), whole): assert (params[key] == params[key].round()).all().item() == wanted
+    assert sorted(params["delay.delay_ms"].unique().tolist()) == [*range(200, 501 if name == "clmr_paper" else 500, 50)]
+    assert params["pitch.cents"].min() == -700 and params["pitch.cents"].max() == 700
+
+
+@pytest.mark.parametrize("sample_rate, highest", [(8000, 3600), (16_000, 4000), (22_050, 4000)])
+def test_low_pass_filters_stay_below_half_the_rate(sample_rate, highest):
+    for name in CLMR_CHAINS:
+        step = clmr_chain(name, 400, sample_rate).transforms[4]
+        assert step.low_pass == (2200, highest) and step.high_pass == (200, 1200) and step.sample_rate == sample_rate
 
 
 def test_every_pair_of_transforms_is_independent():
@@ -151,12 +158,12 @@ def test_views_are_drawn_in_evaluation_mode_and_transforms_are_not():
     chain = busy_chain().eval()
     assert chain(waves()) is not None and torch.equal(chain(waves()), waves())
     assert chain(waves(), return_params=True)[1] == {}
-    for evaluated, trained in zip(two_views(waves(), chain, seeds=SEEDS), two_views(waves(), busy_chain(), seeds=SEEDS)):
+    for evaluated, trained in zip(clmr_views(waves(), chain, seeds=SEEDS), clmr_views(waves(), busy_chain(), seeds=SEEDS)):
         assert torch.equal(evaluated, trained)
 
 
 def test_one_view_can_have_its_own_chain():
-    view_i, view_j, params_i, params_j = two_views(waves(), busy_chain(), seeds=SEEDS, chain_j=RandomCrop(2000), return_params=True)
+    view_i, view_j, params_i, params_j = clmr_views(waves(), busy_chain(), seeds=SEEDS, chain_j=RandomCrop(2000), return_params=True)
     assert set(params_j) == {"applied", "start"} and "gain.gain_db" in params_i
     assert torch.equal(view_j, torch.stack([row[start:start + 2000] for row, start in zip(waves(), params_j["start"])]))
 
@@ -178,7 +185,7 @@ def test_gradients_flow():
 
 
 def test_an_empty_batch_is_cropped_too():
-    assert clmr_chain(400)(torch.zeros(0, 500), torch.Generator()).shape == (0, 400)
+    assert clmr_chain(n_samples=400)(torch.zeros(0, 500), torch.Generator()).shape == (0, 400)
 
 
 @pytest.mark.parametrize("call, match", [
@@ -190,8 +197,8 @@ def test_an_empty_batch_is_cropped_too():
     (lambda: Gain(p=-.1), "wanted a probability"),
     (lambda: Noise(snr_db=(80., 40.)), "wanted low <= high"),
     (lambda: Noise(even_in="power"), "wanted 'dB' or 'amplitude'"),
-    (lambda: clmr_chain(preset="v3"), "wanted one of paper, code_v1, code_v2"),
-    (lambda: two_views(waves(100), clmr_chain(101), seeds=SEEDS), "got 100 samples, wanted at least 101"),
+    (lambda: clmr_chain("v3"), "wanted one of clmr_paper, clmr_code_v1, clmr_code_v2"),
+    (lambda: clmr_views(waves(100), clmr_chain(n_samples=101), seeds=SEEDS), "got 100 samples, wanted at least 101"),
 ])
 def test_refusals(call, match):
     with pytest.raises(ValueError, match=match): call()

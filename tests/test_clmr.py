@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from musicssl.audio import Batch
-from musicssl.augment import RandomCrop, clmr_chain, draw_seeds, two_views
+from musicssl.augment import RandomCrop, clmr_chain, clmr_views, draw_seeds
 from musicssl.encoders.base import Embedding
 from musicssl.encoders.samplecnn import SampleCNN
 from musicssl.objectives.clmr import CLMR, nt_xent, similarity
@@ -74,21 +74,21 @@ def test_silence_is_finite():
 
 
 def test_views_are_the_chain_s_and_differ():
-    clmr = CLMR(Listener(), clmr_chain(512), projection_dim=4)
+    clmr = CLMR(Listener(), clmr_chain(n_samples=512), projection_dim=4)
     clmr(Batch(wave=noise(), generator=generator(3)))
-    expected = two_views(noise(), clmr.chain, generator(3))
+    expected = clmr_views(noise(), clmr.chain, generator(3))
     assert all(torch.equal(heard, view) for heard, view in zip(clmr.encoder.heard, expected, strict=True))
     assert not torch.equal(*expected)
 
 
 def test_views_are_drawn_in_evaluation_mode_too():
-    clmr = CLMR(Listener(), clmr_chain(512), projection_dim=4)
+    clmr = CLMR(Listener(), clmr_chain(n_samples=512), projection_dim=4)
     train, evaluation = (mode(Batch(wave=noise(), generator=generator(3)))["loss"] for mode in (clmr.train(), clmr.eval()))
     assert train == evaluation and all(heard.shape == (6, 512) for heard in clmr.encoder.heard)
 
 
 def test_second_views_may_have_a_chain_of_their_own():
-    clmr = CLMR(Listener(), clmr_chain(512), projection_dim=4, chain_j=RandomCrop(512))
+    clmr = CLMR(Listener(), clmr_chain(n_samples=512), projection_dim=4, chain_j=RandomCrop(512))
     clmr(Batch(wave=noise().abs() + 1e-3, generator=generator()))
     first, second = clmr.encoder.heard
     assert (second > 0).all() and (first < 0).any()
@@ -96,7 +96,7 @@ def test_second_views_may_have_a_chain_of_their_own():
 
 def test_nothing_but_the_passed_generator_is_random():
     torch.manual_seed(0)
-    clmr, before = CLMR(Listener(), clmr_chain(512), projection_dim=4), torch.get_rng_state()
+    clmr, before = CLMR(Listener(), clmr_chain(n_samples=512), projection_dim=4), torch.get_rng_state()
     one = clmr(Batch(wave=noise(), generator=generator(5)))
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(99)
@@ -106,7 +106,7 @@ def test_nothing_but_the_passed_generator_is_random():
 def test_positive_similarity_is_reported_not_trained():
     clmr = CLMR.preset("toy").eval()
     losses = clmr(Batch(wave=noise(), generator=generator()))
-    z_i, z_j = (clmr.project(view) for view in two_views(noise(), clmr.chain, generator()))
+    z_i, z_j = (clmr.project(view) for view in clmr_views(noise(), clmr.chain, generator()))
     assert losses["positive_similarity"] == pytest.approx(similarity(z_i, z_j).diagonal(6).mean().item(), abs=1e-5)
     assert not losses["positive_similarity"].requires_grad
 

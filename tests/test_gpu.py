@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from musicssl.audio import Batch
-from musicssl.augment import clmr_chain, two_views
+from musicssl.augment import clmr_chain, clmr_views
 from musicssl.data import loader as library
 from musicssl.data.loader import Arrays, Loader
 from musicssl.data.store import StoreWriter
@@ -44,7 +44,7 @@ def test_loss_and_gradient_equal_the_cpu():
 def test_views_equal_the_cpu():
     wave, chain = noise(8, 70_000), clmr_chain()
     seeds = torch.arange(8)
-    on_cpu, on_gpu = two_views(wave, chain, seeds=seeds), two_views(wave.cuda(), chain, seeds=seeds)
+    on_cpu, on_gpu = clmr_views(wave, chain, seeds=seeds), clmr_views(wave.cuda(), chain, seeds=seeds)
     for a, b in zip(on_cpu, on_gpu): assert_close(b.cpu(), a, atol=1e-5, rtol=1e-4)
 
 

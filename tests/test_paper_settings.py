@@ -2,6 +2,7 @@
 import pytest
 
 from musicssl import report, settings
+from musicssl.augment import CLMR_CHAINS
 from musicssl.encoders.samplecnn import SampleCNN
 from musicssl.experiments import clmr
 from musicssl.objectives.clmr import CLMR
@@ -41,3 +42,21 @@ def test_epochs_are_counted_as_the_code_counts_them():
 def test_label_shares_are_the_papers():
     theirs = report.hyperparameters("clmr").loc["label_fractions", "C1"]
     assert [float(share) / 100 for share in theirs.split()] == list(RECIPE.fractions)
+
+
+@pytest.mark.parametrize("chain, sources", [("clmr_paper", "TC"), ("clmr_code_v1", ["C1"]), ("clmr_code_v2", ["C2"])])
+def test_every_step_of_the_chain_is_its_source_s(chain, sources):
+    """The thesis gives no probabilities and no ratio of noise: there the text's chain takes version 2 of the code."""
+    table, steps = report.hyperparameters("clmr"), {step.name: step for step in CLMR_CHAINS[chain]().transforms}
+    delay = steps["delay"]
+    ours = {f"augment.{name}.p": step.p for name, step in steps.items() if name != "crop"}
+    for name, pair in {"noise.snr": steps["noise"].snr_db, "gain": steps["gain"].gain_db, "filter.lowpass": steps["filter"].low_pass,
+                       "filter.highpass": steps["filter"].high_pass, "pitch": steps["pitch"].cents, "reverb": steps["reverb"].room_size,
+                       "delay": (delay.delay_ms[0], delay.delay_ms[1] - (0 if delay.include_last else delay.step_ms))}.items():
+        joint = "_" if "." in name else "."
+        ours |= {f"augment.{name}{joint}low": pair[0], f"augment.{name}{joint}high": pair[1]}
+    ours |= {"augment.delay.step": delay.step_ms, "augment.delay.gain": delay.gain}
+    for field, value in ours.items():
+        theirs = next(text for source in (["T", "C2"] if sources == "TC" else sources) if (text := table.loc[field, source]))
+        assert float(theirs) == value, f"{field}: {chain} has {value}, the source {theirs}"
+    assert set(ours) | {"augment.filter.kind"} == {field for field in table.index if field.startswith("augment.")}

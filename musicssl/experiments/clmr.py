@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from .. import features, probe, settings, train
-from ..augment import clmr_chain, two_views
+from ..augment import clmr_chain, clmr_views
 from ..data import scorebox
 from ..data.loader import Loader
 from ..encoders.samplecnn import SampleCNN
@@ -38,7 +38,7 @@ class Recipe:
     seconds: float # length of a clip, s
     seeds: tuple[int, ...] # of weights, batches, views and label subsets
     encoder: str # preset of `SampleCNN`
-    chain: str # preset of `clmr_chain`
+    chain: str # a name in `CLMR_CHAINS`
     projection_dim: int # width of the space in which views are compared
     temperature: float # tau
     pairs: int # N, songs in a batch
@@ -78,7 +78,7 @@ def new_objective(
 ) -> CLMR: # encoder, projection head and chain, untrained
     """CLMR as the configuration says."""
     encoder = new_encoder(config)
-    return CLMR(encoder, clmr_chain(encoder.n_samples, config["chain"]), config["projection_dim"], config["temperature"])
+    return CLMR(encoder, clmr_chain(config["chain"], encoder.n_samples, encoder.sample_rate), config["projection_dim"], config["temperature"])
 
 # %% ../../nbs/papers/1_clmr.ipynb #10fa5b01
 def train_config(
@@ -161,7 +161,7 @@ def similarity_of_views(
 ) -> np.ndarray: # (2 songs, 2 songs) cosines, first views before second ones
     """Cosines between two views of each of a few test songs, in eval mode."""
     wave, generator = corpus.wave(corpus.ids("test")[:songs]), torch.Generator().manual_seed(seed)
-    views = two_views(wave, objective.chain, generator)
+    views = clmr_views(wave, objective.chain, generator)
     training, where = objective.training, next(objective.parameters()).device
     z_i, z_j = (objective.eval().project(view.to(where)) for view in views)
     objective.train(training)

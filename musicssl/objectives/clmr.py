@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..audio import Batch
-from ..augment import Transform, clmr_chain, two_views
+from ..augment import Transform, clmr_chain, clmr_views
 from ..encoders.base import Encoder, Presets
 from ..encoders.samplecnn import SampleCNN
 
@@ -66,11 +66,11 @@ class ProjectionHead(nn.Sequential):
         super().__init__(nn.Linear(dim, hidden, bias=False), nn.ReLU(), nn.Linear(hidden, out, bias=False))
 
 # %% ../../nbs/60_clmr.ipynb #ca38b8d8
-_paper = {"encoder": "paper", "init": "kaiming", "chain": "paper", "projection_dim": 64, "temperature": .5}
+_paper = {"encoder": "paper", "init": "kaiming", "chain": "clmr_paper", "projection_dim": 64, "temperature": .5}
 _settings = {
     "paper": _paper,
-    "code_v1": {**_paper, "chain": "code_v1", "projection_dim": 128},
-    "code_v2": {**_paper, "chain": "code_v2", "init": "default"},
+    "code_v1": {**_paper, "chain": "clmr_code_v1", "projection_dim": 128},
+    "code_v2": {**_paper, "chain": "clmr_code_v2", "init": "default"},
     **{size: {**_paper, "encoder": size} for size in SampleCNN.presets() if size != "paper"},
 }
 
@@ -99,7 +99,7 @@ class CLMR(nn.Module, Presets):
     @classmethod
     def _build(cls, encoder: str | nn.Module, init: str, chain: str | Transform, **numbers) -> "CLMR":
         if isinstance(encoder, str): encoder = SampleCNN.preset(encoder, init=init)
-        if isinstance(chain, str): chain = clmr_chain(encoder.n_samples, preset=chain)
+        if isinstance(chain, str): chain = clmr_chain(chain, encoder.n_samples, encoder.sample_rate)
         return cls(encoder, chain, **numbers)
 
     def project(
@@ -117,7 +117,7 @@ class CLMR(nn.Module, Presets):
         "Draw two views of every song and score how well they find each other."
         if batch.wave is None: raise ValueError("CLMR needs batch.wave (B, T), got None")
         if batch.generator is None: raise ValueError("CLMR draws its views from batch.generator, got None; set a torch.Generator")
-        view_i, view_j = two_views(batch.wave, self.chain, batch.generator, chain_j=self.chain_j)
+        view_i, view_j = clmr_views(batch.wave, self.chain, batch.generator, chain_j=self.chain_j)
         z_i, z_j = self.project(view_i), self.project(view_j)
         return {"loss": nt_xent(z_i, z_j, self.temperature),
                 "positive_similarity": F.cosine_similarity(z_i.detach().float(), z_j.detach().float()).mean()}

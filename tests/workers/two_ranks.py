@@ -8,7 +8,7 @@ from lightning_fabric import Fabric
 from torch import nn
 
 from musicssl.audio import Batch
-from musicssl.augment import clmr_chain, draw_seeds, two_views
+from musicssl.augment import clmr_chain, clmr_views, draw_seeds
 from musicssl.encoders.base import Embedding
 from musicssl.encoders.samplecnn import SampleCNN
 from musicssl.objectives.clmr import CLMR, nt_xent
@@ -33,7 +33,7 @@ class JoinedFirst(CLMR):
     "The published mistake: both views in one tensor before gathering."
 
     def forward(self, batch):
-        views = two_views(batch.wave, self.chain, batch.generator)
+        views = clmr_views(batch.wave, self.chain, batch.generator)
         joined = torch.cat([self.head(self.encoder(view).clip) for view in views])
         return {"loss": nt_xent(*self.gather(joined).flatten(0, -2).chunk(2), self.temperature)}
 
@@ -48,7 +48,7 @@ def local_slice(gather: Callable, rank: int, z: torch.Tensor) -> torch.Tensor:
 def objective(encoder: str, kind: type = CLMR) -> CLMR:
     torch.manual_seed(0)
     network = Frames() if encoder == "frames" else SampleCNN.preset("toy")
-    clmr = kind(network, clmr_chain(network.n_samples), projection_dim=16).train()
+    clmr = kind(network, clmr_chain(n_samples=network.n_samples), projection_dim=16).train()
     if encoder == "samplecnn, norms at rest":
         for norm in (m for m in network.modules() if isinstance(m, nn.BatchNorm1d)): norm.eval()
     return clmr
