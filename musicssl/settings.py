@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Recipe', 'root', 'profiles', 'load', 'convert', 'read', 'default_profile', 'cache_dir', 'figures_dir', 'cores',
-           'check_parameters']
+           'check_parameters', 'Presets']
 
 # %% ../nbs/00_settings.ipynb #93e1042c
 import ast
@@ -14,7 +14,7 @@ import os
 import types
 import typing
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import musicssl
 
@@ -174,3 +174,25 @@ def _check_order(names: dict[str, Any], declared: dict[str, Any]) -> None:
             raise ValueError("injected parameters came before their defaults: the cell that declares "
                              f"{', '.join(declared)} has lost its `parameters` tag")
         if any(f"{name}:" in cell for name in declared): return
+
+# %% ../nbs/00_settings.ipynb #b7909399
+class Presets:
+    "A class whose settings have names; list them in `_presets`."
+    _presets: ClassVar[dict[str, dict]] = {}
+
+    @classmethod
+    def presets(cls) -> dict[str, dict]: # settings by name, the paper's first
+        "All named settings."
+        return {name: dict(settings) for name, settings in cls._presets.items()}
+
+    @classmethod
+    def preset(cls,
+        name: str, # one of `presets()`
+        **changes, # settings that replace the preset's
+    ): # an instance
+        """Build from named settings. Raises: `ValueError` for an unknown name."""
+        if name not in cls._presets: raise ValueError(f"{cls.__name__} has no preset {name!r}; it has {', '.join(cls._presets)}")
+        return cls._build(**{**cls._presets[name], **changes})
+
+    @classmethod
+    def _build(cls, **settings): return cls(**settings)

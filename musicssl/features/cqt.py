@@ -7,13 +7,13 @@ __all__ = ['NORMS', 'C1', 'quality', 'window_spectrum', 'CQT', 'chroma_fold', 'C
 
 # %% ../../nbs/13_cqt.ipynb #590ee1ab
 import math
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .mel import in_float32
+from ..settings import Presets
 
 # %% ../../nbs/13_cqt.ipynb #c7c01797
 def quality(
@@ -95,24 +95,6 @@ def _frames(
 NORMS = {"sqrt_length": torch.sqrt, "unit_sum": torch.ones_like, "amplitude": lambda lengths: torch.full_like(lengths, 2.)}
 C1 = 440 * 2 ** (-45 / 12)  # Hz, the lowest C of a piano
 
-class _Presets(nn.Module):
-    """Settings by name, as the encoders have them."""
-    _presets: ClassVar[dict[str, dict]] = {}
-
-    @classmethod
-    def presets(cls) -> dict[str, dict]: # settings by name
-        "All named settings."
-        return {name: dict(settings) for name, settings in cls._presets.items()}
-
-    @classmethod
-    def preset(cls,
-        name: str, # one of `presets()`
-        **changes, # settings that replace the preset's
-    ): # an instance
-        """Build from named settings. Raises: `ValueError` for an unknown name."""
-        if name not in cls._presets: raise ValueError(f"{cls.__name__} has no preset {name!r}; it has {', '.join(cls._presets)}")
-        return cls(**{**cls._presets[name], **changes})
-
 def _check(sample_rate: int, hop: int, f_min: float, n_bins: int, highest: float, window: str, norm: str, seconds: float) -> None:
     if hop < 1 or n_bins < 1 or not f_min > 0 or not seconds > 0:
         raise ValueError(f"got a hop of {hop} samples, {n_bins} bins from {f_min} Hz, pieces of {seconds} s, wanted more than 0 of each")
@@ -123,7 +105,7 @@ def _check(sample_rate: int, hop: int, f_min: float, n_bins: int, highest: float
                          "wanted fewer bins, or more of them per octave")
 
 # %% ../../nbs/13_cqt.ipynb #41e8630a
-class CQT(_Presets):
+class CQT(nn.Module, Presets):
     """Constant-Q transform of a batch; float32 even under autocast, and gradients flow back to the wave.
 
     Source: Brown (1991); values as nnAudio's CQT1992v2. Raises: `ValueError` for bins beyond half the sample rate, or unknown names.
@@ -190,7 +172,7 @@ def chroma_fold(
     return F.one_hot((torch.arange(n_bins) + merged // 2).div(merged, rounding_mode="floor").add(lowest) % n_chroma, n_chroma).T.float()
 
 # %% ../../nbs/13_cqt.ipynb #52444495
-class ChromaCQT(_Presets):
+class ChromaCQT(nn.Module, Presets):
     """Chroma from a constant-Q transform, the largest class of every frame 1; silence stays 0.
 
     Source: librosa 0.11, `feature.chroma_cqt` with `tuning=0`. Raises: `ValueError` as `CQT` and `chroma_fold`.
