@@ -24,8 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import files
 from ..audio import Batch
+from .store import STEP, span
 
 # %% ../../nbs/32_loader.ipynb #e31ee19d
 def seed_of(
@@ -97,6 +97,11 @@ class Arrays:
 
     def __getitem__(self, i: int) -> np.ndarray: return self.clips[i] # (T_i,)
 
+    def piece(self, i: int, start: int = 0, length: int | None = None) -> np.ndarray: # (length,), up to the end if None
+        "Part of a clip. Raises: `IndexError` for what does not exist."
+        clip = self[i]
+        return clip[span(i, len(clip), start, length)]
+
 # %% ../../nbs/32_loader.ipynb #87d37d45
 def _usable(lengths: np.ndarray, ids: np.ndarray, crop: int | None, short: str) -> tuple[np.ndarray, int]: # ids that stay; samples of a row
     if short not in ("drop", "pad"): raise ValueError(f"got short = {short!r}, wanted drop or pad")
@@ -111,8 +116,6 @@ def _usable(lengths: np.ndarray, ids: np.ndarray, crop: int | None, short: str) 
     return ids[found >= crop if short == "drop" else found > 0], crop
 
 # %% ../../nbs/32_loader.ipynb #57c9249c
-_STEP = np.float32(2 ** -15) # one step of a 16-bit integer
-
 class _Job(NamedTuple):
     number: int # of the batch
     ids: list[int] # row by row: the clip,
@@ -129,9 +132,9 @@ def _read(source: Any, job: _Job, wave: Tensor, begin: Callable[[int], None] = l
     for row, i, start, length in zip(wave.numpy(), job.ids, job.starts, job.lengths):
         begin(i)
         try:
-            piece = source.piece(i, start, length) if hasattr(source, "piece") else source[i][start:start + length]
+            piece = source.piece(i, start, length)
             row[:length], row[length:] = piece, 0
-            if piece.dtype == np.int16: row *= _STEP
+            if piece.dtype == np.int16: row *= STEP
             elif not math.isfinite(row.sum()): raise ValueError(f"clip {i} has NaN or infinite samples")
         except Exception as error: raise _noted(error, f"while reading clip {i} of batch {job.number}")
     return wave
@@ -240,7 +243,7 @@ class _Resident:
         job = plan(*key)
         first = torch.from_numpy(self.first[job.ids] + job.starts).to(self.row.device)
         pieces = self.row.unfold(0, self.samples, 1)[first].float()
-        return pieces.mul_(float(_STEP)) if self.row.dtype == torch.int16 else pieces
+        return pieces.mul_(float(STEP)) if self.row.dtype == torch.int16 else pieces
 
     def close(self) -> None: pass
 
@@ -311,7 +314,7 @@ class Loader:
 
     def state(self) -> dict: # plain facts: two loaders with equal ones give equal batches
         """What a resumed run must find again."""
-        return {**self.facts, "window": self.order.window, "ids": _digest(self.order.ids.astype("<i8")), "source": _name(self.source)}
+        return {**self.facts, "window": self.order.window, "ids": _digest(self.order.ids.astype("<i8")), "source": self.source.fingerprint}
 
     def close(self) -> None: self._reader.close() # ends the workers; the next batch starts new ones
 
@@ -330,7 +333,3 @@ def _captions(loader: Loader, number: int, rank: int, world: int) -> list[str] |
     return [several[pick] for several, pick in zip(told, loader.order.draw(number, "caption", map(len, told), rank, world))]
 
 def _digest(array: np.ndarray) -> str: return hashlib.blake2b(array.tobytes(), digest_size=8).hexdigest()
-
-def _name(source: Any) -> str | None: # equal names: equal clips
-    index = getattr(source, "index", None)
-    return getattr(source, "fingerprint", None) or (files.fingerprint(index) if index else None)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .store import CorruptStore, UnfinishedStore, to_int16
+from .store import STEP, CorruptStore, UnfinishedStore, span, to_int16
 from ..files import atomic, fingerprint, read_json, remove_leftovers, write_json
 
 # %% ../../nbs/31_shards.ipynb #1e2098e1
@@ -122,10 +122,10 @@ def _checked(shards: "Shards", i: int) -> np.ndarray: # bytes of the sound, comp
         shards._unread[i] = False
     return sound
 
-def _decoded(sound: np.ndarray, start: int, length: int) -> np.ndarray: # (length,) int16, of FLAC
+def _decoded(sound: np.ndarray, at: slice) -> np.ndarray: # (T,) int16, of FLAC
     with soundfile.SoundFile(io.BytesIO(sound)) as file:
-        file.seek(start)
-        return file.read(length, dtype="int16")
+        file.seek(at.start)
+        return file.read(at.stop - at.start, dtype="int16")
 
 def _stacked(pieces: list[np.ndarray]) -> np.ndarray: # (B, T) float32
     if len(found := {len(piece) for piece in pieces}) > 1:
@@ -164,10 +164,8 @@ class Shards:
         length: int | None = None, # samples; None: up to the end
     ) -> np.ndarray: # (T,) int16
         """Part of a clip. Raises: `IndexError` for what does not exist."""
-        sound, samples = _checked(self, i), int(self.lengths[i])
-        length = samples - start if length is None else length
-        if length < 1 or not 0 <= start <= samples - length: raise IndexError(f"clip {i} has {samples} samples, got a piece of {length} from {start}")
-        return _decoded(sound, start, length) if self._flac else sound.view("<i2")[start:start + length]
+        sound, at = _checked(self, i), span(i, int(self.lengths[i]), start, length)
+        return _decoded(sound, at) if self._flac else sound.view("<i2")[at]
     def wave(self,
         ids: Iterable[int] | Tensor, # (B,) clips, in any order, also repeated
         start: int | Sequence[int] | Tensor | None = None, # first sample, one for all or (B,); None: 0
@@ -176,4 +174,4 @@ class Shards:
         """Clips, or pieces of them, as a batch. Raises: `IndexError` for what does not exist, `ValueError` for pieces of different length."""
         ids = [int(i) for i in ids]
         starts = np.broadcast_to(np.asarray(0 if start is None else start, np.int64), len(ids)).tolist()
-        return torch.from_numpy(_stacked([self.piece(i, first, length) for i, first in zip(ids, starts)]) * np.float32(2 ** -15))
+        return torch.from_numpy(_stacked([self.piece(i, first, length) for i, first in zip(ids, starts)]) * STEP)
