@@ -3,6 +3,7 @@ import contextlib
 import hashlib
 import importlib.util
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -184,12 +185,14 @@ def test_processes_make_the_same_set(notes, tmp_path):
 
 
 @needs_data
-def test_a_script_without_guard_is_told(monkeypatch):
-    """Mutation: the process looks like any other, and the call goes through to the next check."""
-    monkeypatch.setattr(single.multiprocessing.current_process(), "_inheriting", True, raising=False)
-    with pytest.raises(RuntimeError, match="if __name__ == '__main__'"): load()
-    monkeypatch.setattr(single.multiprocessing.current_process(), "_inheriting", False, raising=False)
-    with pytest.raises(ValueError, match="wanted 1 s or more"): load(seconds=.1)
+def test_a_script_without_guard_is_told(tmp_path, monkeypatch):
+    """The folder is locked by the parent, and the child would wait for ever. Mutation: the process looks like any other, and builds."""
+    monkeypatch.setattr(single, "render", lambda *how: (_ for _ in ()).throw(LookupError("built")))
+    monkeypatch.setattr(multiprocessing.current_process(), "_inheriting", True, raising=False)
+    with pytest.raises(RuntimeError, match="if __name__ == '__main__'"): load(cache=tmp_path)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(multiprocessing.current_process(), "_inheriting", False, raising=False)
+    with pytest.raises(LookupError, match="built"): load(cache=tmp_path)
 
 
 @needs_data

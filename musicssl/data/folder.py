@@ -11,7 +11,6 @@ __all__ = ['SUFFIXES', 'PIECE', 'SPLITS', 'VERSION', 'find_files', 'look', 'look
 import csv
 import hashlib
 import math
-import multiprocessing
 import os
 import re
 import shlex
@@ -32,7 +31,7 @@ from tqdm import tqdm
 from .. import files
 from ..audio import (AudioError, NotFiniteAudio, Quarantine, TooManyBadFiles, TooShortAudio, TruncatedAudio, UnreadableAudio, info,
                             is_silent, read)
-from .scorebox import Corpus, fewer_workers
+from .scorebox import Corpus, Sounds, fewer_workers
 from .scores import side_by_side, split_of
 from .store import CorruptStore, Store, StoreWriter, UnfinishedStore, to_int16
 from ..settings import cache_dir
@@ -292,7 +291,7 @@ def _read_labels(folder: Path) -> dict[str, Any]:
     return {"fingerprint": found, **kept}
 
 # %% ../../nbs/30_folder.ipynb #fe3a1470
-class AudioFolder:
+class AudioFolder(Sounds):
     """A prepared collection: sound, splits, and what is known of each track.
 
     Raises: `UnfinishedStore` for a folder that is not complete, `CorruptStore` when sound or labels are not what was written.
@@ -300,31 +299,18 @@ class AudioFolder:
     def __init__(self,
         folder: str | Path, # what `prepare` made
     ):
-        self.folder = Path(folder)
-        self.store = Store(self.folder) # ragged; a file that cannot be used is a row of length 0
-        self.recipe: dict[str, Any] = self.store.meta["recipe"]
-        self.name, self.sample_rate, self.seconds = self.recipe["name"], self.store.sample_rate, self.store.lengths / self.store.sample_rate
-        chunks = math.ceil(len(self.store) / self.store.index["chunk"])
-        self.facts = [fact for chunk in range(chunks) for fact in files.read_json(_facts_file(self.folder, chunk))] # as `look` returns them
-        kept = _read_labels(self.folder)
+        store, kept = Store(folder), _read_labels(Path(folder)) # the store is ragged; a file that cannot be used is a row of length 0
+        split = np.array([row["split"] if samples else "" for row, samples in zip(kept["rows"], store.lengths)], "<U5")
+        super().__init__(store, split, SPLITS)
         self.labels, self.tag_names, self.origin = kept["rows"], kept["tag_names"], kept["origin"]
+        self.name, self.seconds = self.recipe["name"], store.lengths / store.sample_rate
+        chunks = math.ceil(len(store) / store.index["chunk"])
+        self.facts = [fact for chunk in range(chunks) for fact in files.read_json(_facts_file(self.folder, chunk))] # as `look` returns them
         self.fingerprint = files.fingerprint([self.recipe["key"], kept["fingerprint"]]) # of sound and labels
         self.clip_id = [row["clip_id"] for row in self.labels]
         self.captions = [row["captions"] for row in self.labels] # any number for each clip
         self.tags = np.array([[tag in row["tags"] for tag in self.tag_names] for row in self.labels], np.uint8) # (clips, tags)
         self.group = np.array([_group(row) for row in self.labels], np.int64) # (clips,) what a split does not divide
-        self.split = np.array([row["split"] if seconds else "" for row, seconds in zip(self.labels, self.seconds)], "<U5")
-
-    def __len__(self) -> int: return len(self.store) # all files, usable or not
-
-    def ids(self, split: str | None = None) -> np.ndarray: # clip numbers, ascending
-        """The usable clips of a split, or of all. Raises: `ValueError` for a split there is not."""
-        if split is not None and split not in SPLITS: raise ValueError(f"got split {split!r}, wanted {', '.join(SPLITS)}")
-        return np.flatnonzero(self.split != "" if split is None else self.split == split)
-
-    def wave(self, ids: Any, start: Any = None, length: int | None = None): # (B, T) float32 tensor in [-1, 1]
-        """Pieces of `length` samples from `start` on, as `Store.wave` gives them."""
-        return self.store.wave(ids, start, length)
 
     def table(self): # pandas DataFrame, one row per file
         """Labels, lengths and problems of all files."""
@@ -351,16 +337,14 @@ def prepare_files(
     Raises: `TooManyBadFiles` as `build` does; `ValueError` when `out` holds something else; `RuntimeError` in a process that runs the
     script which started it.
     """
-    if getattr(multiprocessing.current_process(), "_inheriting", False): # a new process is still reading its parent's script
-        raise RuntimeError("a decoding process reached prepare() itself; put the script's work under `if __name__ == '__main__':`")
     recipe = _recipe(name, found, sample_rate, min_seconds)
     folder = Path(out).expanduser() if out else cache_dir() / "folders" / f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', name)}-{recipe['key']}"
     _check_place(folder, recipe)
-    with files.lock(folder / ".lock", timeout=-1):
-        if not (folder / "index.json").exists():
-            files.write_json(folder / "recipe.json", recipe)
-            build(folder, list(found.values()), recipe, bad, workers, progress)
-        _write_labels(folder, found, labels)
+    def decode_all() -> None:
+        files.write_json(folder / "recipe.json", recipe)
+        build(folder, list(found.values()), recipe, bad, workers, progress)
+    files.build_once(folder, decode_all)
+    _write_labels(folder, found, labels)
     return AudioFolder(folder)
 
 def _recipe(name: str, found: Mapping[str, Path], sample_rate: int, min_seconds: float) -> dict[str, Any]:

@@ -7,7 +7,6 @@ __all__ = ['LOW', 'HIGH', 'VELOCITIES', 'FAMILIES', 'LEFT_OUT', 'NEW_TIMBRE', 'C
            'audition', 'recordings', 'plan_notes', 'make_notes', 'Notes', 'render', 'load', 'sound_report']
 
 # %% ../../nbs/29_notes.ipynb #8b6bb839
-import multiprocessing
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -165,16 +164,13 @@ def load(
     `RuntimeError` in a process that runs the script which started it.
     """
     if sample_rate not in RATES: raise ValueError(f"got {sample_rate} Hz, single notes come in {', '.join(map(str, RATES))} Hz")
-    if getattr(multiprocessing.current_process(), "_inheriting", False): # a new process is still reading its parent's script
-        raise RuntimeError("a playing process reached load() itself; put the script's work under `if __name__ == '__main__':`")
     if seconds < 1: raise ValueError(f"got {seconds} s, wanted 1 s or more: a shorter note has no pitch that could be measured")
     recipe = {"version": VERSION, "step": _step(step), "seconds": float(seconds), "sample_rate": int(sample_rate), "seed": int(seed)}
     folder = Path(cache or cache_dir()) / "notes" / files.fingerprint(recipe | {"soundfont": SOUNDFONT_SHA256})
-    if not (folder / "index.json").exists():
-        with files.lock(folder.with_suffix(".lock"), timeout=-1):
-            if not (folder / "index.json").exists():
-                if RATES[sample_rate] is None: render(folder, recipe, workers, progress)
-                else: derive_rate(folder, load(step, seconds, RATES[sample_rate], seed, cache, workers, progress), sample_rate, progress)
+    def build() -> None:
+        if RATES[sample_rate] is None: render(folder, recipe, workers, progress)
+        else: derive_rate(folder, load(step, seconds, RATES[sample_rate], seed, cache, workers, progress), sample_rate, progress)
+    files.build_once(folder, build)
     return Notes(folder)
 
 # %% ../../nbs/29_notes.ipynb #8480bb16

@@ -4,13 +4,12 @@
 
 # %% auto #0
 __all__ = ['CHUNK', 'RATES', 'OPTIONS', 'LABELS', 'SPLITS', 'VERSION', 'impulse_response', 'render_clip', 'clip_names',
-           'make_clips', 'fewer_workers', 'write_labels', 'read_labels', 'Rendered', 'Corpus', 'render', 'load',
-           'derive_rate', 'sound_report']
+           'make_clips', 'write_labels', 'read_labels', 'Sounds', 'Rendered', 'Corpus', 'fewer_workers', 'render',
+           'load', 'derive_rate', 'sound_report']
 
 # %% ../../nbs/27_scorebox.ipynb #96fcaf28
 import gzip
 import json
-import multiprocessing
 import zlib
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
@@ -89,14 +88,6 @@ def make_clips(
     made = [_arranged(scores, name, recipe) for name in names]
     return [m.labels for m in made], np.stack([render_clip(m, sampler) for m in made]) if audible else None
 
-# %% ../../nbs/27_scorebox.ipynb #045af53d
-def fewer_workers(
-    workers: int | None, # asked for; None: choose
-    seconds: float, # of sound to render
-) -> int: # processes
-    """As many processes as there are cores, but one for each 20 minutes of sound: starting them takes longer than a small corpus."""
-    return workers if workers is not None else max(1, min(cores(), round(seconds / 1200)))
-
 # %% ../../nbs/27_scorebox.ipynb #c19af194
 LABELS = "labels.json.gz"
 SPLITS = ("train", "valid", "test", "test_newtimbre") # a corpus has some of them
@@ -123,7 +114,29 @@ def read_labels(
     return json.loads(gzip.decompress(packed))
 
 # %% ../../nbs/27_scorebox.ipynb #06587c8b
-class Rendered:
+class Sounds:
+    """Sounds in a store, each in a split or in none."""
+
+    def __init__(self,
+        store: Any, # a `Store`
+        split: np.ndarray, # (n,) text, one of `splits`; "": the sound is not used
+        splits: Sequence[str], # those one may ask for
+    ):
+        self.store, self.split, self.splits = store, split, splits
+        self.folder, self.sample_rate, self.recipe = store.folder, store.sample_rate, store.meta["recipe"]
+
+    def __len__(self) -> int: return len(self.store)
+
+    def ids(self, split: str | None = None) -> np.ndarray: # row numbers, ascending
+        """The rows of a split, or of all. Raises: `ValueError` for a split there is not."""
+        if split is not None and split not in self.splits: raise ValueError(f"got split {split!r}, wanted {', '.join(self.splits)}")
+        return np.flatnonzero(self.split != "" if split is None else self.split == split)
+
+    def wave(self, ids: Any, start: Any = None, length: int | None = None): # (B, T) float32 tensor in [-1, 1]
+        """Some rows, or pieces of them, as `Store.wave` gives them."""
+        return self.store.wave(ids, start, length)
+
+class Rendered(Sounds):
     """A folder of rendered sound with everything known about it.
 
     Raises: `UnfinishedStore` for a folder that is not complete, `CorruptStore` when sound or labels are not what was written.
@@ -134,23 +147,11 @@ class Rendered:
         folder: Path, # as `load` made it
     ):
         from musicssl.data.store import Store # brings torch, which rendering processes do without
-        self.folder, self.fingerprint, self.store = folder, folder.name, Store(folder)
-        self.recipe: dict[str, Any] = self.store.meta["recipe"]
-        self.sample_rate, self.seconds = self.store.sample_rate, self.recipe["seconds"]
-        self.labels = read_labels(folder, self.store.meta["labels_crc32"])
-        self.split = np.array([row["split"] for row in self.labels]) # (n,) one of `SPLITS`
-        self.splits = [split for split in SPLITS if split in self.split] # those there are
-
-    def __len__(self) -> int: return len(self.labels)
-
-    def ids(self, split: str) -> np.ndarray: # row numbers, ascending
-        """The rows of a split. Raises: `ValueError` for a split there is not."""
-        if split not in self.splits: raise ValueError(f"got split {split!r}, wanted {', '.join(self.splits)}")
-        return np.flatnonzero(self.split == split)
-
-    def wave(self, ids: Any): # (B, T) float32 tensor in [-1, 1]
-        """The sound of some rows, given by number."""
-        return self.store.wave(ids)
+        store = Store(folder)
+        self.labels = read_labels(folder, store.meta["labels_crc32"])
+        split = np.array([row["split"] for row in self.labels])
+        super().__init__(store, split, [name for name in SPLITS if name in split])
+        self.fingerprint, self.seconds = folder.name, self.recipe["seconds"]
 
     def table(self): # pandas DataFrame, one row per sound
         """All labels as a table."""
@@ -190,6 +191,13 @@ class Corpus(Rendered):
         return _arranged(_table(self.folder.parent.parent), (row["score_id"], row["take"], row["split"] == "test_newtimbre"), self.recipe)
 
 # %% ../../nbs/27_scorebox.ipynb #05ab0072
+def fewer_workers(
+    workers: int | None, # asked for; None: choose
+    seconds: float, # of sound to render
+) -> int: # processes
+    """As many processes as there are cores, but one for each 20 minutes of sound: starting them takes longer than a small corpus."""
+    return workers if workers is not None else max(1, min(cores(), round(seconds / 1200)))
+
 def render(
     folder: Path, # where the corpus will be
     recipe: dict[str, Any], # clips, seconds, sample_rate, seed, and any of `OPTIONS`
@@ -235,21 +243,18 @@ def load(
     data packages; `RuntimeError` in a process that runs the script which started it.
     """
     if sample_rate not in RATES: raise ValueError(f"got {sample_rate} Hz, ScoreBox comes in {', '.join(map(str, RATES))} Hz")
-    if getattr(multiprocessing.current_process(), "_inheriting", False): # a new process is still reading its parent's script
-        raise RuntimeError("a rendering process reached load() itself; put the script's work under `if __name__ == '__main__':`")
     if clips < (fewest := 1 if only else 10): raise ValueError(f"got {clips} clips, wanted {fewest} or more: with fewer a split would be empty")
     cache = Path(cache or cache_dir())
     recipe = {"version": VERSION, "clips": int(clips), "seconds": float(seconds), "sample_rate": int(sample_rate), "seed": int(seed)}
     options = {"tempo": tempo, "newtimbre": bool(newtimbre), "only": only}
     recipe |= {name: value for name, value in options.items() if value != OPTIONS[name]}
-    source = load_table(cache, progress=progress).facts["source"]
-    folder = cache / "scorebox" / files.fingerprint(recipe | {"scores": source, "soundfont": SOUNDFONT_SHA256})
-    if not (folder / "index.json").exists():
-        with files.lock(folder.with_suffix(".lock"), timeout=-1):
-            if not (folder / "index.json").exists():
-                if RATES[sample_rate] is None: render(folder, recipe, cache, workers, progress)
-                else: derive_rate(folder, load(clips, seconds, RATES[sample_rate], seed, **options, cache=cache, workers=workers, progress=progress),
-                        sample_rate, progress)
+    scores = load_table(cache, progress=progress).facts["source"]
+    folder = cache / "scorebox" / files.fingerprint(recipe | {"scores": scores, "soundfont": SOUNDFONT_SHA256})
+    how = dict(cache=cache, workers=workers, progress=progress)
+    def build() -> None:
+        if RATES[sample_rate] is None: render(folder, recipe, **how)
+        else: derive_rate(folder, load(clips, seconds, RATES[sample_rate], seed, **options, **how), sample_rate, progress)
+    files.build_once(folder, build)
     return Corpus(folder)
 
 # %% ../../nbs/27_scorebox.ipynb #83216ebf
