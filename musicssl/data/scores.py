@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from .. import files
 from .abc import abc_tunes, read_abc
-from .notation import TICKS, Score, read_musicxml
+from .notation import Score, read_musicxml
 from ..settings import cache_dir, cores
 
 # %% ../../nbs/22_scores.ipynb #e76b4403
