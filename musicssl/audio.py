@@ -315,6 +315,7 @@ class Batch:
     ids: Tensor | list | None = None # (B,) which clips these are
     caption: list[str] | None = None # one sentence per clip
     generator: torch.Generator | None = None # the only source of randomness an objective may use
+    seeds: Tensor | None = None # (B,) int64, one per row, the same however many devices share the batch
 
     def __post_init__(self):
         lengths = {field.name: len(value) for field in fields(self)
@@ -322,7 +323,7 @@ class Batch:
         if len(set(lengths.values())) > 1: raise ValueError(f"got rows {lengths}, wanted as many of each")
 
     def to(self,
-        device: torch.device | str, # where wave and labels go; ids, captions and the generator stay
+        device: torch.device | str, # where wave and labels go; ids, captions, generator and seeds stay
     ) -> "Batch": # a new batch; this one is left as it was
         "Move the tensors a network reads."
         moved = {name: getattr(self, name).to(device, non_blocking=True)
