@@ -117,7 +117,7 @@ class CLMR(nn.Module, Presets):
         "Draw two views of every song and score how well they find each other."
         if batch.wave is None: raise ValueError("CLMR needs batch.wave (B, T), got None")
         if batch.generator is None: raise ValueError("CLMR draws its views from batch.generator, got None; set a torch.Generator")
-        view_i, view_j = clmr_views(batch.wave, self.chain, batch.generator, chain_j=self.chain_j)
+        view_i, view_j = clmr_views(batch.wave, self.chain, batch.generator, batch.seeds, self.chain_j)
         z_i, z_j = self.project(view_i), self.project(view_j)
         return {"loss": nt_xent(z_i, z_j, self.temperature),
                 "positive_similarity": F.cosine_similarity(z_i.detach().float(), z_j.detach().float()).mean()}
