@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from ..audio import Batch
 from ..augment import Transform, clmr_chain, clmr_views
@@ -18,6 +19,17 @@ from ..encoders.base import Encoder, Presets
 from ..encoders.samplecnn import SampleCNN
 
 # %% ../../nbs/60_clmr.ipynb #12a70bde
+def _directions(z_i: Tensor, z_j: Tensor) -> Tensor:
+    "Unit vectors (2N, D), first views before second ones, in float32 or better."
+    if z_i.shape != z_j.shape or z_i.ndim != 2:
+        raise ValueError(f"got views of shape {tuple(z_i.shape)} and {tuple(z_j.shape)}, wanted (N, D) twice: the same songs in the same order")
+    if len(z_i) < 2:
+        raise ValueError(f"got {len(z_i)} song, wanted at least 2: nothing to tell it from")
+    z = torch.cat([z_i, z_j])
+    with torch.autocast(z.device.type, enabled=False):
+        return F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1)
+
+
 def similarity(
     z_i: Tensor, # (N, D) embeddings of the first views; row n is song n
     z_j: Tensor, # (N, D) embeddings of the second views, same songs in the same order
@@ -26,30 +38,58 @@ def similarity(
 
     Raises: `ValueError` when the views differ in shape or hold fewer than two songs.
     """
-    if z_i.shape != z_j.shape or z_i.ndim != 2:
-        raise ValueError(f"got views of shape {tuple(z_i.shape)} and {tuple(z_j.shape)}, wanted (N, D) twice: the same songs in the same order")
-    if len(z_i) < 2:
-        raise ValueError(f"got {len(z_i)} song, wanted at least 2: nothing to tell it from")
-    z = torch.cat([z_i, z_j])
-    with torch.autocast(z.device.type, enabled=False):
-        z = F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1)
-        return z @ z.T
+    z = _directions(z_i, z_j)
+    with torch.autocast(z.device.type, enabled=False): return z @ z.T
 
 # %% ../../nbs/60_clmr.ipynb #c7a1877a
 def nt_xent(
     z_i: Tensor, # (N, D) embeddings of the first views; row n is song n
     z_j: Tensor, # (N, D) embeddings of the second views, same songs in the same order
     temperature: float = .5, # tau, above 0; CLMR's is 0.5
+    chunk: int | None = None, # rows of the similarity matrix alive at a time; None: all up to 512 songs, 256 above
 ) -> Tensor: # scalar, nats; ln(2N - 1) when all embeddings coincide
     """Normalised temperature-scaled cross-entropy over the 2N views of N songs.
 
-    Source: SimCLR eq. 1, as used by CLMR. Raises: `ValueError` for views that do not match, fewer than two songs, no positive temperature.
+    Source: SimCLR eq. 1, as used by CLMR. Raises: `ValueError` for views that do not match, fewer than two songs, no positive temperature or chunk.
     """
     if temperature <= 0: raise ValueError(f"got a temperature of {temperature}, wanted one above 0")
-    scores = similarity(z_i, z_j) / temperature
+    if chunk is not None and chunk < 1: raise ValueError(f"got chunks of {chunk} rows, wanted at least 1")
+    z = _directions(z_i, z_j)
+    chunk = chunk or (len(z) if len(z) <= 1024 else 256)
+    with torch.autocast(z.device.type, enabled=False):
+        if chunk < len(z): return _InChunks.apply(z, temperature, chunk)
+        scores = z @ z.T / temperature
     scores.fill_diagonal_(-torch.inf) # nobody is their own partner
     partner = torch.arange(len(scores), device=scores.device).roll(len(z_i))
     return F.cross_entropy(scores, partner)
+
+# %% ../../nbs/60_clmr.ipynb #c8091de5
+class _InChunks(torch.autograd.Function):
+    "The loss of unit vectors z (2N, D), some rows at a time; the gradient is worked out on the way."
+
+    @staticmethod
+    def forward(ctx, z: Tensor, temperature: float, chunk: int) -> Tensor:
+        loss, gradient = z.new_empty(len(z)), torch.zeros_like(z)
+        everyone = torch.arange(len(z), device=z.device)
+        for rows, partner in zip(everyone.split(chunk), everyone.roll(len(z) // 2).split(chunk)):
+            own = rows - rows[0]
+            scores = z[rows] / temperature @ z.T
+            scores[own, rows] = -torch.inf # nobody is their own partner
+            log_share = scores.log_softmax(1)
+            loss[rows] = -log_share[own, partner]
+            if not ctx.needs_input_grad[0]: continue
+            push = log_share.exp_()
+            push[own, partner] -= 1
+            gradient[rows] += push @ z
+            gradient += push.T @ z[rows]
+        ctx.save_for_backward(gradient / (len(z) * temperature))
+        return loss.mean()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream: Tensor) -> tuple[Tensor, None, None]:
+        gradient, = ctx.saved_tensors
+        return upstream * gradient, None, None
 
 # %% ../../nbs/60_clmr.ipynb #be9f3ff0
 class ProjectionHead(nn.Sequential):
