@@ -1,8 +1,10 @@
-"""CLMR's loss and objective where a lesson would be too long: derivatives, extremes, modes, presets."""
+"""CLMR's loss and objective where a lesson would be too long: derivatives, extremes, chunks, modes, presets."""
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from musicssl.audio import Batch
 from musicssl.augment import RandomCrop, clmr_chain, clmr_views, draw_seeds
@@ -34,10 +36,11 @@ class Listener(torch.nn.Module):
         return Embedding(layers=clip[:, None, None], clip=clip)
 
 
+@pytest.mark.parametrize("chunk", [None, 3, 7])
 @pytest.mark.parametrize("temperature", [.1, .5, 2.])
-def test_gradient_is_the_derivative(temperature):
+def test_gradient_is_the_derivative(temperature, chunk):
     z = torch.randn(2, 4, 3, dtype=torch.float64, generator=generator()).requires_grad_()
-    assert torch.autograd.gradcheck(lambda z: nt_xent(*z, temperature), (z,))
+    assert torch.autograd.gradcheck(lambda z: nt_xent(*z, temperature, chunk), (z,))
 
 
 def test_gradient_turns_but_does_not_stretch():
@@ -47,9 +50,10 @@ def test_gradient_turns_but_does_not_stretch():
     torch.testing.assert_close((gradient * z).sum(-1), torch.zeros(2, 8, dtype=torch.float64), atol=1e-12, rtol=0)
 
 
-def test_tiny_temperature_and_huge_embeddings_stay_finite():
+@pytest.mark.parametrize("chunk", [None, 5])
+def test_tiny_temperature_and_huge_embeddings_stay_finite(chunk):
     z = (1e18 * torch.randn(2, 16, 8, generator=generator())).requires_grad_()
-    loss = nt_xent(*z, temperature=1e-3)
+    loss = nt_xent(*z, temperature=1e-3, chunk=chunk)
     loss.backward()
     assert loss.isfinite() and z.grad.isfinite().all()
 
@@ -63,6 +67,78 @@ def test_half_precision_embeddings_are_compared_in_float32(half):
         assert abs(nt_xent(z_i.to(half), z_j.to(half), .5) - nt_xent(z_i, z_j, .5)) < 1e-3
         similar = similarity(z_i.to(half), z_j.to(half))
     assert (similar.diagonal() - 1).abs().max() < 1e-6, "cosines of a view with itself betray a product in half precision"
+
+
+# In chunks
+
+def with_gradient(loss, z): return [loss.detach(), *torch.autograd.grad(loss, z)]
+
+
+def noisy_pairs(songs, dtype=torch.float32):
+    z_i, z_j = torch.randn(2, songs, 64, dtype=dtype, generator=generator())
+    return torch.stack([z_i, z_i + z_j]).requires_grad_()
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 48, 95])
+def test_chunks_change_nothing(chunk):
+    z = noisy_pairs(48, torch.float64)
+    for ours, whole in zip(with_gradient(nt_xent(*z, chunk=chunk), z), with_gradient(nt_xent(*z), z)):
+        torch.testing.assert_close(ours, whole, atol=1e-14, rtol=1e-12)
+
+
+def test_large_batches_come_in_chunks_of_their_own_accord():
+    """The mutation: the whole matrix, asked for; the largest piece of memory betrays it."""
+    z, pieces = noisy_pairs(600), {}
+    for chunk in (None, 1200):
+        with torch.profiler.profile(profile_memory=True) as profile: loss, gradient = with_gradient(nt_xent(*z, chunk=chunk), z)
+        pieces[chunk] = [loss, gradient, max(e.nbytes() for e in profile.profiler.kineto_results.events() if e.name() == "[memory]")]
+    (loss, gradient, largest), (whole, its_gradient, matrix) = pieces.values()
+    assert largest == 256 * 1200 * 4 and matrix == 1200 * 1200 * 4
+    assert abs(loss - whole) / whole < 1e-6 and (gradient - its_gradient).norm() / its_gradient.norm() < 1e-5
+
+
+def test_small_batches_are_bit_equal_to_one_cross_entropy():
+    """Records were made with these operations in this order. The mutation: chunks, which add up otherwise."""
+    z = noisy_pairs(48)
+    unit = F.normalize(torch.cat([*z]), dim=1)
+    plain = F.cross_entropy((unit @ unit.T / .5).fill_diagonal_(-torch.inf), torch.arange(96).roll(48))
+    wanted, found, in_chunks = (with_gradient(loss, z) for loss in (plain, nt_xent(*z), nt_xent(*z, chunk=17)))
+    assert all(map(torch.equal, found, wanted)) and not all(map(torch.equal, in_chunks, wanted))
+
+
+def test_chunks_leave_autocast(monkeypatch):
+    """The mutation: autocast stays on."""
+    z = noisy_pairs(48)
+    exact = with_gradient(nt_xent(*z), z)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = with_gradient(nt_xent(*z, chunk=17), z)
+        monkeypatch.setattr(torch, "autocast", lambda *given, **more: nullcontext())
+        with pytest.raises(RuntimeError, match="BFloat16"): nt_xent(*z, chunk=17)
+    loss, gradient = (((a - b).norm() / b.norm()).item() for a, b in zip(found, exact))
+    assert loss < 1e-6 and gradient < 1e-5
+
+
+def test_without_gradient_only_the_loss_is_computed(monkeypatch):
+    z, products = noisy_pairs(48), []
+    product = torch.Tensor.__matmul__
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: products.append(a) or product(a, b))
+    loss = nt_xent(*z, chunk=48)
+    assert len(products) == 6 and loss.requires_grad
+    with torch.no_grad(): again = nt_xent(*z, chunk=48)
+    assert len(products) == 8 and torch.equal(loss, again)
+
+
+def test_the_gradient_in_chunks_refuses_to_be_differentiated():
+    """It holds the gradient as numbers; differentiating them would silently give another loss's second derivative."""
+    z = noisy_pairs(4)
+    with pytest.raises(RuntimeError, match="got create_graph=True"): torch.autograd.grad(nt_xent(*z, chunk=3), z, create_graph=True)
+    gradient, = torch.autograd.grad(nt_xent(*z), z, create_graph=True)
+    gradient.square().sum().backward()
+
+
+@pytest.mark.parametrize("chunk", [0, -1])
+def test_no_chunk_is_refused(chunk):
+    with pytest.raises(ValueError, match=f"got chunks of {chunk} rows, wanted at least 1"): nt_xent(*noisy_pairs(4), chunk=chunk)
 
 
 def test_silence_is_finite():
