@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..audio import Batch
-from ..augment import RandomCrop, Transform, draw_seeds
+from ..augment import RandomCrop, Transform, row_seeds
 from ..encoders.base import Encoder, Presets
 from ..encoders.samplecnn import SampleCNN
 
@@ -57,5 +57,5 @@ class Supervised(nn.Module, Presets):
             if getattr(batch, name) is None: raise ValueError(f"Supervised needs batch.{name}, got None")
         if batch.labels.shape != (len(batch.wave), self.n_classes):
             raise ValueError(f"got labels of shape {tuple(batch.labels.shape)}, wanted {(len(batch.wave), self.n_classes)}")
-        piece, _ = self.chain.augment(batch.wave, draw_seeds(len(batch.wave), batch.generator))
+        piece, _ = self.chain.augment(batch.wave, row_seeds(batch.wave, batch.generator, batch.seeds, "Supervised"))
         return {"loss": F.binary_cross_entropy_with_logits(self.logits(piece).float(), batch.labels.float())}
