@@ -38,13 +38,14 @@ lab: $(READY)
 	$(BIN)/jupyter lab nbs
 
 bench: $(READY)
-	for room in data features augment; do $(BIN)/python benchmarks/$$room.py $(if $(QUICK),--quick) || exit 1; done
+	for room in data features augment train; do $(BIN)/python benchmarks/$$room.py $(if $(QUICK),--quick) || exit 1; done
 
 gpu-check: $(READY)
 	$(BIN)/python -m pytest -m gpu tests
 	$(BIN)/python benchmarks/data.py --only P17 R14 --device cuda
 	$(BIN)/python benchmarks/features.py --only P6 --device cuda
 	$(BIN)/python benchmarks/augment.py --only P3 --device cuda
+	$(BIN)/python benchmarks/train.py --only P9 --device cuda
 
 clean:
 	rm -rf figures/smoke figures/test .cache build dist *.egg-info
