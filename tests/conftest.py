@@ -5,6 +5,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 os.environ.update({
+    "OMP_NUM_THREADS": "1", # read when NumPy and torch are imported; threads that wait for each other cost seven times the processor time
     "MPLBACKEND": "Agg",
     "MUSICSSL_ROOT": str(ROOT),
     "MUSICSSL_CACHE": os.environ.get("MUSICSSL_TEST_CACHE", str(ROOT / ".cache" / "test")),

@@ -6,11 +6,38 @@ import sys
 import nbformat
 import papermill
 import pytest
+from execnb.shell import CaptureShell
+from papermill.engines import Engine, papermill_engines
 from papermill.exceptions import PapermillExecutionError
 
 from musicssl import files, reproduce, settings
 
 CHAPTERS = reproduce.chapters()
+
+
+class InThisProcess(Engine):
+    """Papermill's way of running a notebook without a kernel: an IPython shell in this process, where the packages are in memory already."""
+
+    @classmethod
+    def execute_managed_notebook(cls, manager, kernel_name, **options):
+        shell = CaptureShell()
+        for index, cell in enumerate(manager.nb.cells):
+            if cell.cell_type != "code": continue
+            manager.cell_start(cell, index)
+            done = shell.run_cell(cell.source, store_history=True) # `In` is what `check_parameters` looks at
+            error = done.error_before_exec or done.error_in_exec
+            if error: cell.outputs = [nbformat.v4.new_output("error", ename=type(error).__name__, evalue=str(error), traceback=[str(error)])]
+            (manager.cell_exception if error else manager.cell_complete)(cell, index)
+            if error: return
+
+
+papermill_engines.register("in this process", InThisProcess)
+
+
+def run_with(notebook, folder, parameters, engine=None):
+    """A notebook through papermill, in a kernel or, quicker, in this process."""
+    papermill.execute_notebook(notebook, folder / "copy.ipynb", parameters, engine_name=engine, kernel_name="python3", language="python",
+                               cwd=notebook.parent, progress_bar=False)
 
 
 @pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda chapter: chapter.name)
@@ -32,9 +59,7 @@ def test_chapter_makes_its_figures(chapter):
 ])
 def test_wrong_parameter_stops_the_first_cell(chapter, parameters, message, tmp_path, monkeypatch):
     monkeypatch.delenv("MUSICSSL_PROFILE")
-    with pytest.raises(PapermillExecutionError) as failure:
-        papermill.execute_notebook(chapter.notebook, tmp_path / "copy.ipynb", parameters, kernel_name="python3",
-                                   cwd=chapter.notebook.parent, progress_bar=False)
+    with pytest.raises(PapermillExecutionError) as failure: run_with(chapter.notebook, tmp_path, parameters, "in this process")
     assert message in failure.value.evalue
     assert "check_parameters" in failure.value.source
 
@@ -47,9 +72,9 @@ def test_lost_parameters_tag_fails_loudly(chapter, tmp_path, monkeypatch):
     nbformat.write(notebook, tmp_path / "untagged.ipynb")
     with pytest.raises(reproduce.NotebookFailed, match="no cell is tagged `parameters`"):
         reproduce.execute(tmp_path / "untagged.ipynb", tmp_path / "copy.ipynb", {"profile": "test"})
-    with pytest.raises(PapermillExecutionError, match="lost its `parameters` tag"):
-        papermill.execute_notebook(tmp_path / "untagged.ipynb", tmp_path / "copy.ipynb", {"profile": "smoke"},
-                                   kernel_name="python3", cwd=chapter.notebook.parent, progress_bar=False)
+    for engine in (None, "in this process"): # in a kernel, and as the test above runs it
+        with pytest.raises(PapermillExecutionError, match="lost its `parameters` tag"):
+            run_with(tmp_path / "untagged.ipynb", tmp_path, {"profile": "smoke"}, engine)
 
 
 @pytest.fixture
