@@ -4,7 +4,8 @@
 
 P8   CLMR's step on one core against the official modules: convolution, batch norm, ReLU, pooling, two passes, the same weights
 P9   the same in bf16 on a GPU (--device cuda), views resident: its share of what the memory's speed allows, and against the official modules in fp32
-P13  heads on masked frames only against heads on all frames. The head alone, a plain one of the size in the paper, on random frames
+P13  heads on masked frames only against heads on all frames, of which the loss then takes the masked ones; the head alone, a plain one of the
+     size in the paper, on random frames
 P15  NT-Xent with its gradient, on one core, against the loss CLMR's code calls and against one masked matrix
 P22  a checkpoint against torch.save of the same tensors: time, memory beyond the state, share of training time at the default interval
 
@@ -392,7 +393,7 @@ def main(arguments: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         if "P22" in only: rows += checkpoints(Path(folder), size)
     if given.json: print(as_json(rows))
-    else: print(header("simclr", "safetensors"), table(rows), sep="\n")
+    else: print(header("safetensors", *["simclr"] * ("simclr.modules.nt_xent" in sys.modules)), table(rows), sep="\n")
 
 
 if __name__ == "__main__": main()
