@@ -109,7 +109,8 @@ def written_out(z_i: Tensor, z_j: Tensor) -> Tensor:
     partner = torch.arange(2 * n).roll(n)
     others = torch.ones(2 * n, 2 * n, dtype=torch.bool).fill_diagonal_(False)
     others[torch.arange(2 * n), partner] = False
-    return F.cross_entropy(torch.cat([scores.gather(1, partner[:, None]), scores[others].view(2 * n, -1)], dim=1), torch.zeros(2 * n, dtype=torch.long))
+    scores = torch.cat([scores.gather(1, partner[:, None]), scores[others].view(2 * n, -1)], dim=1)
+    return F.cross_entropy(scores, torch.zeros(2 * n, dtype=torch.long))
 
 
 def masked(z_i: Tensor, z_j: Tensor) -> Tensor:
@@ -217,10 +218,9 @@ def samplecnn(size: Size) -> list[Row]:
 
 def bytes_per_pair(encoder: SampleCNN) -> int:
     """What the convolutions of two views put out, in bf16."""
-    found = []
-    hooks = [block[0].register_forward_hook(lambda module, given, out: found.append(2 * 2 * out.numel())) for block in encoder.blocks]
-    with torch.no_grad(): copy.deepcopy(encoder).cpu().eval()(torch.zeros(1, encoder.n_samples))
-    for hook in hooks: hook.remove()
+    encoder, found = copy.deepcopy(encoder).cpu().eval(), []
+    for block in encoder.blocks: block[0].register_forward_hook(lambda module, given, out: found.append(2 * 2 * out.numel()))
+    with torch.no_grad(): encoder(torch.zeros(1, encoder.n_samples))
     return sum(found)
 
 
@@ -233,14 +233,14 @@ def on_gpu(size: Size, device: str) -> list[Row]:
     works = {"ours": step(ours, nt_xent, views, half=True), "theirs": step(official, theirs, views)}
     copying = lambda work: (seconds(work), copy_limit(device))
     taken = paired(works, size.rounds, measure=copying)
-    pace = [size.gpu_pairs / took for took, _ in taken["ours"]]
+    times = {which: [took for took, _ in figures] for which, figures in taken.items()}
+    pace = [size.gpu_pairs / took for took in times["ours"]]
     limit = [speed / PASSES / bytes_per_pair(ours.encoder) for _, speed in taken["ours"]]
     speed = median(speed for _, speed in taken["ours"]) / 1e9
     said = f"{median(pace):,.0f} of {median(limit):,.0f} pairs/s; {speed:,.0f} GB/s"
     name = f"step of {size.gpu_pairs} pairs in bf16 on {device}"
     return [row("P9", f"{name}: pairs/s : limit of {PASSES} passes over the activations", pace, limit, at_least=.25, note=said),
-            row("P9", f"{name}: official modules in fp32, as PyTorch comes, : ours", *([took for took, _ in taken[which]] for which in ("theirs", "ours")),
-                at_least=2.)]
+            row("P9", f"{name}: official modules in fp32, as PyTorch comes, : ours", times["theirs"], times["ours"], at_least=2.)]
 
 
 # P13: heads
