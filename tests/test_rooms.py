@@ -14,10 +14,10 @@ ORDER = ["settings", "files", "compat", "audio",
          "data.captions", "data.notes", "data.folder", "data.shards", "data.loader",
          "augment.base", "augment.linear", "augment.pitch", "augment.distortions", "augment.mixture", "augment.clmr",
          "encoders.base", "encoders.samplecnn", "objectives.clmr", "objectives.supervised",
-         "optim", "devices", "checkpoint", "meter", "train", "probe", "records", "report",
+         "optim", "devices", "checkpoint", "meter", "update", "train", "probe", "records", "report",
          "experiments.scorebox", "experiments.clmr", "reproduce"]
 # Rooms that know no paper: no network, objective or experiment may enter, only the contract of an encoder.
-PAPERLESS = {"optim", "devices", "checkpoint", "meter", "train", "probe", "records", "report"}
+PAPERLESS = {"optim", "devices", "checkpoint", "meter", "update", "train", "probe", "records", "report"}
 # Rooms for reading and drawing; everything else is for training and stays light.
 DRAWING = {"report", "reproduce"}
 HEAVY = ["torchaudio", "librosa", "matplotlib", "seaborn", "pandas", "IPython", "music21", "pretty_midi", "webdataset", "nbdev", "papermill"]
