@@ -36,6 +36,7 @@ def _flush(path: Path) -> None:
 @contextmanager
 def atomic(
     path: str | Path, # the target: a file, or a folder that does not exist yet
+    size: int | None = None, # bytes it is going to take, where that is known: said when there is no room
 ) -> Iterator[Path]: # where to write instead, on the same file system and with the same name
     """Write a file (or a whole new folder) under its final name in one step, or not at all.
 
@@ -53,8 +54,8 @@ def atomic(
         if os.name != "nt": _flush_folder(path.parent)
     except Exception as error:
         if (code := _no_room(error)) is None: raise
-        written, free = _size(scratch), shutil.disk_usage(path.parent).free
-        raise OSError(code, f"no room to write {path}: stopped after {written:,} bytes, {free:,} bytes free;"
+        written, free, needed = _size(scratch), shutil.disk_usage(path.parent).free, "" if size is None else f" and {size:,} needed in all"
+        raise OSError(code, f"no room to write {path}: stopped after {written:,} bytes, with {free:,} bytes free{needed};"
                                    " what stood there before is intact") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

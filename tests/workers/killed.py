@@ -1,6 +1,7 @@
 """Train in children that die with `kill -9`, then to the end.   killed.py FOLDER HOW MUTATION KILLS SEED
 
-HOW: "never"; "random" (a random moment after a random number of steps, so that no machine is too fast for it); "writing" (in the middle of a checkpoint's second file).
+HOW: "never"; "random" (a random moment after a random number of steps, so that no machine is too fast for it); "writing" (while a checkpoint is written:
+with half its weights or half its moments on disk, or with everything but the last rename; a checkpoint after every step, so that there are many).
 MUTATION takes one protection away, so that the test can show that it notices: see `mutate`.
 """
 import os
@@ -9,20 +10,23 @@ import signal
 import sys
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
+import safetensors.torch
 import torch
 
 from musicssl import checkpoint, files, train
 from toy import Toy, batches
 
 CONFIG = train.TrainConfig(steps=48, lr=1e-2, warmup_steps=10, schedule="cosine", accumulate=2, clip_norm=1., checkpoint_every=4)
+PLACES = "weights", "moments", "rename"
 
 
 def mutate(mutation):
     if mutation == "plain write":
         @contextmanager
-        def plain(path): yield Path(path)
+        def plain(path, size=None): yield Path(path)
         files.atomic = plain
     if mutation == "log kept":
         checkpoint.Log.__init__ = lambda log, folder, step, write=True: log.__dict__.update(
@@ -39,16 +43,25 @@ def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def go(folder, write_to_die_in=None):
-    if write_to_die_in:
-        save, count = torch.save, iter(range(1, 10_000))
-        def save_half(state, file):
-            save(state, file)
-            if next(count) == write_to_die_in:
-                file.truncate(file.tell() // 2)
-                die()
-        torch.save = save_half
-    train.fit(Toy(), batches(), CONFIG, folder, progress=False)
+def die_while_writing(number, place):
+    """Die in the checkpoint of this number, from 1."""
+    save_file, save, replace, begun = safetensors.torch.save_file, torch.save, os.replace, []
+    def weights(tensors, path, **options):
+        begun.append(path)
+        save_file(tensors, path, **options)
+        if place == "weights" and len(begun) == number: os.truncate(path, os.path.getsize(path) // 2); die()
+    def moments(state, file):
+        save(state, file)
+        if place == "moments" and len(begun) == number: file.truncate(file.tell() // 2); die()
+    def rename(source, target):
+        if place == "rename" and len(begun) == number and Path(target).name.startswith("step-"): die()
+        replace(source, target)
+    safetensors.torch.save_file, torch.save, os.replace = weights, moments, rename
+
+
+def go(folder, every=4, death=None):
+    if death: die_while_writing(*death)
+    train.fit(Toy(), batches(), replace(CONFIG, checkpoint_every=every), folder, progress=False)
 
 
 def in_child(folder, kill_after=None, **options):
@@ -77,10 +90,10 @@ if __name__ == "__main__":
     draw, killed, reached = random.Random(seed), 0, set()
     while how != "never" and killed < kills:
         if how == "random": status = in_child(folder, kill_after=(draw.randint(0, 6), draw.uniform(0, .02)))
-        else: status = in_child(folder, write_to_die_in=draw.randint(2, 3))
+        else: status = in_child(folder, every=1, death=(draw.randint(2, 3), PLACES[killed % 3]))
         if status != signal.SIGKILL: break
         killed += 1
         reached.add(len(checkpoint.checkpoints(folder)) and checkpoint.checkpoints(folder)[-1].name)
-    status = in_child(folder)
+    status = in_child(folder, every=1 if how == "writing" else 4)
     print(f"killed {killed} times, newest checkpoints then {sorted(map(str, reached))}")
     sys.exit(status != 0)
