@@ -23,7 +23,7 @@ def train_killed(folder, how="never", mutation="none", kills=0, seed=0):
 def left_behind(folder):
     """Weights, optimiser state and log (without the clock) of a finished run."""
     last = checkpoints(folder)[-1]
-    rows = [{name: value for name, value in row.items() if name not in ("seconds", "clips_per_second")} for row in read_log(folder)]
+    rows = [{name: value for name, value in row.items() if name not in ("seconds", "clips_per_second", "matrix_share", "peak_memory_mb")} for row in read_log(folder)]
     return last.name, load_file(last / "model.safetensors"), torch.load(last / "resume.pt", weights_only=True), rows
 
 

@@ -181,10 +181,10 @@ def test_any_function_of_a_number_gives_batches(tmp_path):
     def plain(number): return Batch(wave=WAVES[:8], labels=torch.tensor(LABELS[:8]).float(), ids=list(range(8)), caption=["a"] * 8)
     toy, result = fit(tmp_path, batches=plain)
     assert toy.seen == list(range(8)) * 6 and result.history[0]["clips"] == 8
-    shares = [train._share(plain, 0, rank, 2) for rank in (0, 1)]
+    shares = [train.read_batch(plain, 0, 0, rank, 2) for rank in (0, 1)]
     assert [share.ids for share in shares] == [[0, 2, 4, 6], [1, 3, 5, 7]] and len(shares[0].caption) == 4
     assert_close(torch.stack([share.wave for share in shares], 1).flatten(0, 1), WAVES[:8])
-    with pytest.raises(ValueError, match="batch 0 of 8 clips cannot be shared by 3 processes"): train._share(plain, 0, 0, 3)
+    with pytest.raises(ValueError, match="a batch of 8 clips cannot be shared by 3 processes"): train.read_batch(plain, 0, 0, 0, 3)
     with pytest.raises(ValueError, match="a batch of 8 clips cannot be shared by 3 processes"): batches(8)(0, 0, 3)
 
 

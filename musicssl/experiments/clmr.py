@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .. import features, probe, settings, train
+from .. import devices, features, probe, settings, train
 from ..augment import clmr_chain, clmr_views
 from ..data import scorebox
 from ..data.loader import Loader
@@ -105,7 +105,7 @@ SPLITS = "train", "valid", "test"
 
 def device() -> torch.device: # where features are computed
     """The GPU, where there is one."""
-    return torch.device(train.accelerator())
+    return torch.device(devices.accelerator())
 
 def embed(
     encoder: SampleCNN, # frozen

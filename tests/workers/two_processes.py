@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from lightning_fabric import Fabric
 
-from musicssl import train
+from musicssl import train, update
 from toy import Toy, batches
 
 CONFIG = train.TrainConfig(steps=6, optimizer="sgd", lr=.1, accumulate=2, clip_norm=.5, checkpoint_every=100)
@@ -30,9 +30,9 @@ if __name__ == "__main__":
     fabric.launch()
     found = {"whole": trained(fabric, folder / "whole")}
     if devices > 1:
-        share, train._share = train._share, lambda batches, number, rank, world: batches(number, 0, world)
+        read, update.read_batch = update.read_batch, lambda batches, number, seed, rank, world: read(batches, number, seed, 0, world)
         found["same rows everywhere"] = trained(fabric, folder / "same")
-        train._share, no_sync = share, fabric.no_backward_sync
+        update.read_batch, no_sync = read, fabric.no_backward_sync
         fabric.no_backward_sync = lambda model, enabled: no_sync(model, enabled=True)
         found["never synchronised"] = trained(fabric, folder / "never")
     torch.save(found, folder / f"rank{fabric.global_rank}.pt")
