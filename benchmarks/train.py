@@ -38,7 +38,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from musicssl.audio import Batch
-from musicssl.checkpoint import load_checkpoint, save_checkpoint
+from musicssl.checkpoint import full_state, load_checkpoint, save_checkpoint
 from musicssl.encoders.samplecnn import SampleCNN
 from musicssl.meter import copy_limit
 from musicssl.objectives.clmr import CLMR, nt_xent
@@ -61,14 +61,14 @@ class Size:
     gpu_pairs: int # in a step of P9
     frames: tuple[int, int] # clips and frames of each in P13
     losses: tuple[int, int, int] # pairs in P15
-    state: int # MB of tensors in P22
+    state: int # MB of tensors in P22, about
     step: tuple[str, int] # preset and pairs of the step that P22's interval is counted in
     children: int # processes whose memory is measured in P22
 
 
 SIZES = {"full": Size(None, "paper", 4, 256, (4, 374), (512, 2048, 4096), 256, ("8k-quarter", 48), 3),
          "quick": Size(3, "paper", 2, 256, (2, 374), (512, 2048, 4096), 128, ("8k-quarter", 48), 1),
-         "test": Size(1, "toy", 2, 2, (2, 20), (16, 520, 1040), 4, ("toy", 2), 1)}
+         "test": Size(1, "toy", 2, 2, (2, 20), (16, 520, 1040), 12, ("toy", 2), 1)}
 
 
 def random(*shape: int, device: str = "cpu") -> Tensor:
@@ -291,26 +291,35 @@ def masked_only(size: Size) -> list[Row]:
 RUN = {"config": {"schedule": "constant"}} # what a checkpoint says it is of
 
 
-def state(megabytes: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Weights and twice as many moments: matrices of 4 MB, or one that is smaller."""
-    matrices = lambda mb: {f"layer.{n}": torch.full((min(mb, 4), 512, 512), float(n)) for n in range(max(mb // 4, 1))}
-    return matrices(megabytes // 3), matrices(2 * megabytes // 3)
+def state(megabytes: int) -> tuple[dict[str, Tensor], dict[str, dict]]:
+    """Weights and two moments of each: matrices of 4 MB, or one that is smaller."""
+    matrix = lambda value: torch.full((1024, 1024) if megabytes >= 12 else (64, 1024), float(value))
+    names = [f"layer.{number}" for number in range(max(megabytes // 12, 1))]
+    return {name: matrix(1) for name in names}, {name: {"exp_avg": matrix(2), "exp_avg_sq": matrix(3)} for name in names}
 
 
-def savers(folder: Path, weights: dict[str, Tensor], moments: dict[str, Tensor]) -> dict[str, Callable[[], object]]:
+def in_bytes(weights: dict[str, Tensor], moments: dict[str, dict]) -> int:
+    return sum(tensor.nbytes for tensor in [*weights.values(), *(value for of in moments.values() for value in of.values())])
+
+
+def savers(folder: Path, weights: dict[str, Tensor], moments: dict[str, dict]) -> dict[str, Callable[[], object]]:
     """Each call writes another step; one is kept."""
     steps = count(1)
     ours = lambda: save_checkpoint(folder, weights, moments, {**RUN, "step": next(steps)}, keep=1)
     theirs = lambda: torch.save({"weights": weights, "optimizer": moments, "state": {**RUN, "step": next(steps)}}, folder / "peer.pt")
-    return {"ours": ours, "theirs": theirs}
+    def synced() -> None:
+        theirs()
+        with open(folder / "peer.pt", "rb") as file: os.fsync(file.fileno())
+    return {"ours": ours, "theirs": theirs, "synced": synced}
 
 
-def same_again(path: Path, weights: dict[str, Tensor], moments: dict[str, Tensor]) -> None:
+def same_again(path: Path, weights: dict[str, Tensor], moments: dict[str, dict]) -> None:
     """What is read back is what was written, bit by bit."""
     read, remembered, _ = load_checkpoint(path, {**RUN, "step": None})
-    for what, found, wanted in (("weights", read, weights), ("moments", remembered, moments)):
-        alike = found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
-        if not alike: raise Disagreement(f"checkpoint: the {what} read back are not those written")
+    for what, found, wanted in (("weights", {"": read}, {"": weights}), ("moments", remembered, moments)):
+        alike = found.keys() == wanted.keys() and all(found[of].keys() == wanted[of].keys() for of in wanted)
+        if not alike or not all(torch.equal(found[of][name], wanted[of][name]) for of in wanted for name in wanted[of]):
+            raise Disagreement(f"checkpoint: the {what} read back are not those written")
 
 
 def held(name: str) -> int:
@@ -324,11 +333,11 @@ def beyond_the_state(which: str, megabytes: int) -> float:
     with tempfile.TemporaryDirectory() as folder:
         savers(Path(folder), *state(1))[which]() # imports and buffers of a first time
         weights, moments = state(megabytes)
-        before, tensors = held("VmRSS"), [*weights.values(), *moments.values()]
+        before = held("VmRSS")
         Path("/proc/self/clear_refs").write_text("5") # VmHWM starts anew
         (Path(folder) / "large").mkdir()
         savers(Path(folder) / "large", weights, moments)[which]()
-        return (held("VmHWM") - before) / sum(tensor.nbytes for tensor in tensors)
+        return (held("VmHWM") - before) / in_bytes(weights, moments)
 
 
 def in_a_child(which: str, size: Size) -> list[float]:
@@ -338,7 +347,7 @@ def in_a_child(which: str, size: Size) -> list[float]:
     return [one() for _ in range(size.children)]
 
 
-def training_step(encoder: str, pairs: int) -> tuple[Callable[[], None], dict[str, Tensor], dict[str, Tensor]]:
+def training_step(encoder: str, pairs: int) -> tuple[Callable[[], None], dict[str, Tensor], dict[str, dict]]:
     """A step of CLMR with all its views, and the state it trains."""
     objective, generator = CLMR.preset(encoder), torch.Generator().manual_seed(0)
     adam, wave = torch.optim.Adam(objective.parameters()), .1 * random(pairs, 5 * objective.encoder.sample_rate)
@@ -347,8 +356,7 @@ def training_step(encoder: str, pairs: int) -> tuple[Callable[[], None], dict[st
         adam.step()
         adam.zero_grad()
     play()
-    moments = {f"{number}.{name}": value for number, of in adam.state_dict()["state"].items() for name, value in of.items()}
-    return play, objective.state_dict(), moments
+    return play, *full_state(objective, adam)
 
 
 def checkpoints(folder: Path, size: Size) -> list[Row]:
@@ -359,7 +367,9 @@ def checkpoints(folder: Path, size: Size) -> list[Row]:
     same_again(works["ours"](), *tensors)
     times = paired(works, size.rounds)
     said = f"{1e3 * median(times['ours']):,.0f} and {1e3 * median(times['theirs']):,.0f} ms"
-    rows = [row("P22", f"write of {size.state} MB, with fsync: ours : torch.save, without", times["ours"], times["theirs"], at_most=1.5, note=said)]
+    what = f"write of {in_bytes(*tensors) / 1e6:.0f} MB, with fsync: ours : torch.save"
+    rows = [row("P22", f"{what}, without", times["ours"], times["theirs"], at_most=1.5, note=said),
+            row("P22", f"{what}, with", times["ours"], times["synced"])]
     if Path("/proc/self/clear_refs").exists():
         rows += [row("P22", "memory beyond the state, while writing : the state", in_a_child("ours", size), at_most=.2),
                  row("P22", "the same for torch.save", in_a_child("theirs", size))]

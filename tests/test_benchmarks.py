@@ -1,9 +1,10 @@
-"""The benchmarks of the data rooms run, print what the targets ask for, and refuse to time what does not agree. No time is asserted."""
+"""The benchmarks of data and training step run, print what the targets ask for, and refuse to time what does not agree. No time is asserted."""
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ sys.path.insert(0, str(FOLDER))
 
 import data
 import paired
+import train
 from musicssl.data.store import Store
 
 
@@ -138,6 +140,149 @@ def test_checksums_that_see_nothing_are_not_timed(tmp_path, monkeypatch):
     monkeypatch.setattr("musicssl.data.store.zlib.crc32", lambda body, start=0: next(iter(store.index["crc32"])))
     (tmp_path / "again").mkdir()
     with pytest.raises(paired.Disagreement, match="not noticed"): data.notices(store, tmp_path / "again")
+
+
+# The training step
+
+TRAINING = ["--size", "test", "--json", "--only"]
+
+
+def test_the_benchmark_of_the_training_step_as_json(capsys, monkeypatch):
+    monkeypatch.setattr(train, "in_a_child", lambda which, size: [train.beyond_the_state(which, size.state)])
+    train.main([*TRAINING, "P8", "P13", "P15", "P22"])
+    said = capsys.readouterr()
+    found = json.loads(said.out)
+    targets = lambda id: sorted(row["at_least"] or row["at_most"] for row in found[id]["rows"] if row["at_least"] or row["at_most"])
+    assert list(found) == ["P8", "P13", "P15", "P22"] and "P9: skipped" in said.err
+    assert targets("P8") == [.95] and targets("P13") == [.55, .55, .97, .97] and targets("P15") == [1 / 40, 1 / 6, 2.3, 3., 100.]
+    assert targets("P22") == ([.05, .2, 1.5] if sys.platform == "linux" else [.05, 1.5])
+
+
+def test_the_step_of_the_gpu_runs_on_a_cpu_when_only_that_is_wanted(capsys):
+    train.main([*TRAINING, "P9"])
+    assert [row["at_least"] for row in json.loads(capsys.readouterr().out)["P9"]["rows"]] == [.25, 2.]
+
+
+@pytest.mark.parametrize("arguments", [["--only", "P9"], ["--device", "cuda"]], ids=" ".join)
+def test_without_a_gpu_its_step_is_skipped_aloud(arguments, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    train.main([*arguments, "--json"])
+    said = capsys.readouterr()
+    assert json.loads(said.out) == {} and "P9: skipped, it needs a GPU" in said.err
+
+
+def another_temperature(monkeypatch): monkeypatch.setattr(train, "nt_xent", lambda *z, right=train.nt_xent, **more: right(*z, .5001))
+
+
+def half_the_gradient(monkeypatch): # the loss is right
+    monkeypatch.setattr(train, "nt_xent", lambda z_i, z_j, right=train.nt_xent, **more: right(z_i, z_j.detach()))
+
+
+def heads_that_mix_frames(monkeypatch):
+    right = train.heads()[1]
+    monkeypatch.setattr(train, "heads", lambda: [train.Head(right.name, Mixing(), right.masked, right.loss, lambda frames: torch.zeros(frames, 768))])
+
+
+class Mixing(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(768))
+
+    def forward(self, frames): return self.weight * (frames - frames.flatten(0, -2).mean(0))
+
+
+def rounded_weights(monkeypatch):
+    rounded = lambda tensors: {name: (tensor / 3).bfloat16().to(tensor.dtype) * 3 for name, tensor in tensors.items()}
+    monkeypatch.setattr(train, "save_checkpoint",
+                        lambda folder, weights, *rest, right=train.save_checkpoint, **more: right(folder, rounded(weights), *rest, **more))
+
+
+FAULTS = {"P8": another_temperature, "P13": heads_that_mix_frames, "P15": half_the_gradient, "P22": rounded_weights}
+WORDS = {"P8": "SimCLR step of SampleCNN: the loss", "P13": "the head alone: the loss", "P15": "16 pairs, .*: the gradient",
+         "P22": "the weights read back"}
+
+
+@pytest.mark.parametrize("id", FAULTS)
+def test_a_step_that_disagrees_is_not_timed(id, monkeypatch):
+    """The mutation: agreement removed. The wrong one is then timed."""
+    class Timed(Exception): pass
+    def timed(*given, **more): raise Timed
+    FAULTS[id](monkeypatch)
+    monkeypatch.setattr(train, "paired", timed)
+    with pytest.raises(paired.Disagreement, match=WORDS[id]): train.main([*TRAINING, id])
+    for check in ("agree", "same_again"): monkeypatch.setattr(train, check, lambda *given: None)
+    with pytest.raises(Timed): train.main([*TRAINING, id])
+
+
+def test_agreement_is_a_matter_of_size():
+    right = [torch.tensor(2.), torch.ones(3), torch.zeros(2)]
+    near = [torch.tensor(2.000001), torch.ones(3), torch.full((2,), 1e-6)]
+    train.agree("it", near, right, 1e-6)
+    with pytest.raises(paired.Disagreement, match="it: the loss is 4.8e-07 away, wanted at most 1e-07"): train.agree("it", near, right, 1e-7)
+    with pytest.raises(paired.Disagreement, match="it: the gradient is 8.*e-07 away"): train.agree("it", near, right, 1e-6, 1e-7)
+    with pytest.raises(paired.Disagreement, match="nan away"): train.agree("it", [torch.tensor(float("nan"))], right[:1], 1.)
+
+
+def test_the_written_out_losses_are_the_loss():
+    z = torch.randn(2, 6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for other in (train.written_out, train.masked): assert abs(other(*z) - train.nt_xent(*z, train.TAU)) < 1e-12
+
+
+def test_the_package_is_the_peer_where_there_is_one(tmp_path, monkeypatch, capsys):
+    """Its `__init__`, which imports torchvision, is never run."""
+    modules = tmp_path / "simclr" / "modules"
+    modules.mkdir(parents=True)
+    for folder in (modules, modules.parent): (folder / "__init__.py").write_text("raise RuntimeError")
+    (modules / "nt_xent.py").write_text("class NT_Xent:\n    def __init__(self, *given): self.given = given\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    known = [name for name in sys.modules if name.split(".")[0] == "simclr"]
+    with mock.patch.dict(sys.modules):
+        for name in known: del sys.modules[name]
+        name, loss = train.package_loss(7)
+        assert name == "the package simclr" and loss.given == (7, .5, 1) and not capsys.readouterr().err
+    with mock.patch.dict(sys.modules, {"simclr": None}):
+        for name in known[1:]: del sys.modules[name]
+        assert train.package_loss(7) == ("simclr 1.0.2's loss, written out", train.written_out)
+    assert "stands in for simclr" in capsys.readouterr().err
+
+
+def test_the_official_modules_are_clmr_s():
+    """Eleven convolutions with batch norm and ReLU, pooling behind the second to the tenth, 2,368,512 weights: the paper's table."""
+    ours, official, views = train.both("paper", 1)
+    found = [type(layer).__name__ for layer in official.layers]
+    block = ["Conv1d", "BatchNorm1d", "ReLU"]
+    assert found == block + 9 * [*block, "MaxPool1d"] + block and sum(p.numel() for p in official.layers.parameters()) == 2_368_512
+    ours.eval(), official.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(ours.project(views[0]), official.project(views[0]))
+        official.layers[0].weight.mul_(1.1)
+        assert not torch.allclose(ours.project(views[0]), official.project(views[0]))
+
+
+def test_the_memory_bound_limit_is_the_targets():
+    limit = 4.3e12 / train.PASSES / train.bytes_per_pair(train.SampleCNN.preset("paper"))
+    assert limit == pytest.approx(16_000, rel=.02)
+
+
+def test_peak_memory_counts_what_is_alive_together():
+    one = lambda: torch.ones(1000, 1000)
+    def in_turn():
+        for _ in range(3): one()
+    assert (train.peak_of_tensors(one), train.peak_of_tensors(in_turn), train.peak_of_tensors(lambda: (one(), one()))) == (4e6, 4e6, 8e6)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="read from /proc")
+def test_memory_while_writing_is_seen(monkeypatch):
+    """The mutation: a checkpoint that is first put together in memory."""
+    import io
+    assert train.in_a_child("ours", train.Size(None, "toy", 2, 2, (2, 20), (16, 520, 1040), 64, ("toy", 2), 1))[0] < .2
+    def gathered(folder, weights, moments):
+        def save():
+            torch.save((weights, moments), whole := io.BytesIO())
+            (folder / "whole").write_bytes(whole.getbuffer())
+        return {"gathered": save}
+    monkeypatch.setattr(train, "savers", gathered)
+    assert train.beyond_the_state("gathered", 64) > .9
 
 
 # Rounds
