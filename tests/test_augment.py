@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from musicssl.augment import (CLMR_CHAINS, Compose, Gain, Noise, PolarityInversion, RandomCrop, Transform, clmr_chain,
                               draw_seeds, fold_in, normal, clmr_views, uniform)
@@ -176,6 +177,78 @@ def test_a_transform_of_ones_own():
     applied = params["reverse.applied"]
     assert applied.any() and not applied.all()
     assert torch.equal(out[applied], waves()[applied].flip(1)) and torch.equal(out[~applied], waves()[~applied])
+
+
+class Spy(Transform):
+    """Turns the wave round and writes down how many rows it got."""
+    name = "spy"
+
+    def __init__(self, p=.9):
+        super().__init__(p)
+        self.sizes = []
+
+    def transform(self, wave, params):
+        self.sizes.append((len(wave), len(params["applied"])))
+        return wave.flip(1)
+
+
+def test_a_cpu_changes_four_rows_at_a_time():
+    """Elsewhere, and where gradients are wanted, all that take part; the result is the same."""
+    applied = Spy().augment(waves(), SEEDS)[1]["applied"]
+    n = int(applied.sum())
+    expected = torch.where(applied[:, None], waves().flip(1), waves())
+    for wave, sizes in ((waves(), [4] * (n // 4) + [n % 4] * (n % 4 > 0)), (waves().requires_grad_(), [n]), (waves().to("meta"), [n])):
+        spy = Spy()
+        out = spy(wave, seeds=SEEDS)
+        assert 4 < n < 16 and spy.sizes == [(size, size) for size in sizes]
+        assert out.device.type == "meta" or torch.equal(out, expected)
+
+
+class Kept(Transform):
+    """Returns what it keeps for the next time."""
+    name = "kept"
+
+    def __init__(self, value):
+        super().__init__()
+        self.value = value
+
+    def transform(self, wave, params): return self.value
+
+
+@pytest.mark.parametrize("steps", [[Gain(.5), Gain(.5), Noise(.5)], [Gain(0.), Gain(.5)], [Transform(), Gain(.5)], [Compose([Gain(0.)]), Gain(.5)],
+                                   [Gain(.5), Transform(), Gain(.5)]], ids=["some", "none first", "the same", "a chain", "same between"])
+def test_a_chain_writes_into_its_own_copies_only(steps):
+    wave, one_by_one = waves(), waves()
+    for number, step in enumerate(steps):
+        label = sum(isinstance(other, type(step)) for other in steps[:number]) + 1
+        one_by_one = step.augment(one_by_one, SEEDS if label == 1 else fold_in(SEEDS, label))[0]
+    assert torch.equal(Compose(steps)(wave, seeds=SEEDS), one_by_one) and torch.equal(wave, waves())
+
+
+def test_what_a_step_keeps_is_not_written_into():
+    kept = Kept(waves(rows=16).flip(0))
+    Compose([Gain(.5), kept, Gain(.5)])(waves(), seeds=SEEDS)
+    assert torch.equal(kept.value, waves(rows=16).flip(0))
+
+
+def test_a_chain_that_took_every_wave_for_its_own_would_be_found_out(monkeypatch):
+    """The mutation: each step writes into whatever it is given. Input and kept values change."""
+    augment = Transform._augment
+    monkeypatch.setattr(Transform, "_augment", lambda self, wave, seeds, own: augment(self, wave, seeds, True))
+    wave, kept = waves(), Kept(waves().flip(0))
+    Compose([Gain(.5), kept, Gain(.5)])(wave, seeds=SEEDS)
+    assert not torch.equal(wave, waves()) and not torch.equal(kept.value, waves().flip(0))
+
+
+def test_a_chain_makes_one_copy():
+    """However many steps leave some rows alone, the batch is copied once."""
+    class Clones(TorchDispatchMode):
+        number = 0
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.number += function is torch.ops.aten.clone.default
+            return function(*args, **(kwargs or {}))
+    with Clones() as clones: Compose([Gain(.5), PolarityInversion(.5), Noise(.5)])(waves(), seeds=SEEDS)
+    assert clones.number == 1
 
 
 def test_gradients_flow():

@@ -11,6 +11,7 @@ import torch
 from scipy.signal import butter, lfilter
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from musicssl.augment import linear
 from musicssl.augment.base import Compose, Gain, Noise, PolarityInversion, RandomCrop, Transform, draw_seeds
 from musicssl.augment.linear import Delay, Filter, Reverb, in_fours
 
@@ -130,13 +131,22 @@ def rooms():
     return wave, np.stack([sox(row, *setting) for row, setting in zip(wave.double().numpy(), settings)])
 
 
+@pytest.fixture
+def forgetful():
+    """What is kept from call to call is made anew, and not left to others."""
+    kept = linear._circle, linear._smear
+    for tables in kept: tables.cache_clear()
+    yield kept
+    for tables in kept: tables.cache_clear()
+
+
 def test_rooms_are_those_of_sox(rooms):
     """Within 1/33,000 of the loudest sample (90 dB below it), also in rooms that ring for ten seconds."""
     wave, wanted = rooms
     assert (np.abs(Reverb().transform(wave, ROOMS).numpy() - wanted).max(1) < 3e-5 * np.abs(wanted).max(1)).all()
 
 
-def test_a_view_of_clmr_is_long_enough_to_ring_past_its_end():
+def test_a_view_of_clmr_is_long_enough_to_ring_past_its_end(forgetful):
     """The same in SciPy's filters, which are quick enough for 59,049 samples, and to show what fading protects from."""
     def lasting(x):
         out = 0
@@ -157,10 +167,11 @@ def test_a_view_of_clmr_is_long_enough_to_ring_past_its_end():
     assert far() < 6e-5
     with pytest.MonkeyPatch.context() as without:             # the mutation: no fading, so that the room's end rings at the beginning
         without.setattr("musicssl.augment.linear._FADE", 1.)
+        for tables in forgetful: tables.cache_clear()
         assert far() > 1e-2
 
 
-def test_one_channel_would_not_be_sox(rooms, monkeypatch):
+def test_one_channel_would_not_be_sox(rooms, monkeypatch, forgetful):
     """The mutation: both channels alike. The referee notices."""
     monkeypatch.setattr("musicssl.augment.linear._SPREAD", 0)
     wave, wanted = rooms
@@ -309,6 +320,14 @@ def test_gradients_flow(kind):
     step = 1e-3 * torch.randn(5, 300, generator=torch.Generator().manual_seed(6)).double()
     moved = ((transform(wave.detach() + step, seeds=seeds) - transform(wave.detach(), seeds=seeds)) * probe).sum()
     torch.testing.assert_close((wave.grad * step).sum(), moved, atol=1e-6, rtol=1e-3)
+
+
+def test_gradients_flow_after_inference(forgetful):
+    """Tables first made in inference mode are kept, and are needed for gradients later."""
+    with torch.inference_mode(): Reverb()(waves(300, 2), seeds=SEEDS[:2])
+    wave = waves(300, 2).requires_grad_()
+    Reverb()(wave, seeds=SEEDS[:2]).sum().backward()
+    assert (wave.grad != 0).all()
 
 
 @pytest.mark.parametrize("call, match", [

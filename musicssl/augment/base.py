@@ -121,19 +121,27 @@ class Transform(nn.Module):
         return {}
 
     def transform(self, wave: Tensor, params: dict[str, Tensor]) -> Tensor:
-        """The changed rows (B, T); gets only those that take part, with their parameters. Nothing random happens here."""
+        """The changed rows (B, T); gets rows that take part, some or all, with their parameters. Nothing random happens here."""
         return wave
 
     def augment(self, wave: Tensor, seeds: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Draw and change, in every mode: the new wave (B, T), and `applied` with the parameters, (B,) each."""
+        return self._augment(wave, seeds, own=False)[:2]
+
+    def _augment(self, wave: Tensor, seeds: Tensor, own: bool) -> tuple[Tensor, dict[str, Tensor], bool]:
+        """The same for a wave that is one's own, to be written into, or not; and whether what comes back is."""
         seeds = fold_in(seeds, self.name)
         params = {"applied": uniform(fold_in(seeds, "applied")) < self.p, **self.draw(wave, seeds)}
         rows = params["applied"].nonzero()[:, 0]
-        if 0 == len(rows) < len(wave): return wave, params
+        if 0 == len(rows) < len(wave): return wave, params, own
         taking_part = {key: value[rows].to(wave.device, non_blocking=True) for key, value in params.items()}
-        if len(rows) == len(wave): return self.transform(wave, taking_part), params
-        rows = rows.to(wave.device, non_blocking=True)
-        return wave.index_copy(0, rows, self.transform(wave[rows], taking_part)), params
+        if len(rows) == len(wave): return self.transform(wave, taking_part), params, False
+        out = wave if own and not wave.requires_grad else wave.clone()
+        few = 4 if wave.device.type == "cpu" and not wave.requires_grad else len(rows)
+        for first in range(0, len(rows), few):
+            some = rows[first:first + few].to(wave.device, non_blocking=True)
+            out.index_copy_(0, some, self.transform(wave[some], {key: value[first:first + few] for key, value in taking_part.items()}))
+        return out, params, True
 
     def forward(self,
         wave: Tensor, # (B, T) float, in [-1, 1] by convention
@@ -251,10 +259,12 @@ class Compose(Transform):
 
     def augment(self, wave: Tensor, seeds: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """All transforms in every mode; the n-th of the same name has a stream of its own."""
-        params, seen = {}, {}
+        params, seen, own = {}, {}, False
         for step in self.transforms:
             n = seen[step.name] = seen.get(step.name, 0) + 1
-            wave, drawn = step.augment(wave, seeds if n == 1 else fold_in(seeds, n))
+            stream = seeds if n == 1 else fold_in(seeds, n)
+            if type(step).augment is Transform.augment: wave, drawn, own = step._augment(wave, stream, own)
+            else: (wave, drawn), own = step.augment(wave, stream), False            # it does that in its own way
             label = step.name if n == 1 else f"{step.name}_{n}"
             params.update({f"{label}.{key}": value for key, value in drawn.items()})
         return wave, params

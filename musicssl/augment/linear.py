@@ -19,7 +19,7 @@ from .base import Transform, fold_in, integers, ordered, uniform
 
 # %% ../../nbs/42_linear.ipynb #9b41be6d
 def in_fours(
-    work: Callable[[Tensor, dict[str, Tensor]], Tensor], # rows (R, T) float32 or float64 and their parameters in, changed rows out
+    work: Callable[[Tensor, dict[str, Tensor]], Tensor], # rows (R, T) float32 or float64 and their parameters in, changed rows (R, T) out
     wave: Tensor, # (B, T) float
     params: dict[str, Tensor], # by name, (B,) or (B, ...) each
 ) -> Tensor: # (B, T) of the wave's type
@@ -27,12 +27,14 @@ def in_fours(
     if len(wave) == 0: return wave
     wide = wave if wave.dtype in (torch.float32, torch.float64) else wave.float()
     if wave.device.type != "cpu": return work(wide, params).to(wave.dtype)
-    def fours(rows: Tensor) -> list[Tensor]:
-        *whole, rest = rows.split(4)
-        return [*whole, torch.cat([rest, rest[-1:].expand(4 - len(rest), *rest.shape[1:])])]       # filled up with the last row
-    groups = {key: fours(value) for key, value in params.items()}
-    parts = [work(rows, {key: group[number] for key, group in groups.items()}) for number, rows in enumerate(fours(wide))]
-    return torch.cat(parts)[:len(wave)].to(wave.dtype)
+    def four(rows: Tensor, first: int) -> Tensor:
+        rows = rows[first:first + 4]
+        return rows if len(rows) == 4 else torch.cat([rows, rows[-1:].expand(4 - len(rows), *rows.shape[1:])])  # filled up with the last row
+    out = torch.empty_like(wide)
+    for first in range(0, len(wave), 4):
+        part = work(four(wide, first), {key: four(value, first) for key, value in params.items()})
+        out[first:first + 4] = part[:len(wave) - first]
+    return out.to(wave.dtype)
 
 
 def _drawn(seeds: Tensor, ends: tuple[float, float], whole: bool) -> Tensor:
@@ -45,12 +47,13 @@ def windowed_sinc(
     half: int, # largest reach to either side, in samples; at least 4 / cutoff
 ) -> Tensor: # (B, 2 * half + 1) float64, kernels with time 0 in the middle
     """Low- and high-pass kernels of four zero crossings on each side under a Hann window. Source: julius 0.2.7, which CLMR's code v2 calls."""
-    time = torch.arange(-half, half + 1, device=cutoff.device)
+    time = torch.arange(half + 1, device=cutoff.device)      # the other half is the same backwards
     cutoff, reach = cutoff[:, None], (8 / cutoff / 2).floor()[:, None]
-    window = (.5 + .5 * torch.cos(torch.pi * time / reach)) * (time.abs() <= reach)
+    window = (.5 + .5 * torch.cos(torch.pi * time / reach)) * (time <= reach)
     low = torch.sinc(2 * cutoff * time) * window
-    low = low / low.sum(dim=1, keepdim=True)
-    return torch.where(highpass[:, None], (time == 0).double() - low, low)
+    low = low / (2 * low.sum(dim=1, keepdim=True) - 1)       # its value at time 0 is 1, and is there once
+    right = torch.where(highpass[:, None], (time == 0).double() - low, low)
+    return torch.cat([right.flip(1), right[:, 1:]], dim=1)
 
 # %% ../../nbs/42_linear.ipynb #d714c992
 def first_order(
@@ -154,7 +157,7 @@ class Delay(Transform):
         longest = int(self.delay_ms[1] * (self.sample_rate / 1000))
         start = longest - (params["delay_ms"] * (self.sample_rate / 1000)).long()
         echo = F.pad(wave, (longest, 0)).unfold(1, wave.shape[1], 1)[torch.arange(len(wave), device=wave.device), start]
-        return torch.add(wave, echo, alpha=self.gain).div_(2)
+        return echo.mul_(self.gain / 2).add_(wave, alpha=.5)
 
 # %% ../../nbs/42_linear.ipynb #257c0cdc
 _COMBS = 1116, 1188, 1277, 1356, 1422, 1491, 1557, 1617     # Freeverb's loops, in samples at 44,100 Hz
@@ -169,39 +172,44 @@ def _sizes(loops: tuple[int, ...], stretch: Tensor) -> Tensor:
     return (stretch[:, None, None] * channels.to(stretch.device, non_blocking=True) + .5).long()
 
 
+@lru_cache(maxsize=4)
+@torch.inference_mode(False)                                 # what is kept must serve gradients too
+def _circle(n: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The n-th roots of unity, (n,), and how the sound is faded, (n,)."""
+    step = torch.arange(n, device=device).double()
+    return torch.polar(torch.ones_like(step), 2 * torch.pi / n * step).to(torch.complex64), (_FADE ** (-step / n)).float()
+
+
 def _turns(samples: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """z ** samples at n points of a circle of radius _FADE ** (1 / n), as an outer product of two short tables (…, S, 1) and (…, 1, S)."""
-    side, samples = math.isqrt(n // 2) + 2, samples[..., None]
-    step = torch.arange(side, device=samples.device)
-    angle = lambda k: 2 * torch.pi / n * (samples * k % n).double()                 # whole numbers first: exact
-    radius = (_FADE ** (samples.double() / n)).expand(*samples.shape[:-1], side)
-    coarse, fine = torch.polar(radius, angle(step * side)), torch.polar(torch.ones_like(radius), angle(step))
-    return coarse.to(torch.complex64)[..., :, None], fine.to(torch.complex64)[..., None, :]
+    """z ** samples at n // 2 + 1 points and some more, as an outer product of two short tables (…, C, 1) and (…, 1, 256)."""
+    roots, samples = _circle(n, samples.device)[0], samples[..., None]
+    coarse, fine = (torch.arange(0, stop, step, device=samples.device) for stop, step in ((n // 2 + 1, 256), (256, 1)))
+    radius = (_FADE ** (samples.double() / n)).float()
+    return (roots[samples * coarse % n] * radius)[..., None], roots[samples * fine % n][..., None, :]
 
 # %% ../../nbs/42_linear.ipynb #9719b47f
 @lru_cache(maxsize=4)
-def _smear(sample_rate: float, n: int, device: torch.device) -> Tensor:
-    """The transfer functions of the all-passes, (1, 2, S, S); their level, 0.015, is shared by two channels."""
-    rate = torch.full((1,), sample_rate / 44100, dtype=torch.float64, device=device)
-    coarse, fine = _turns(_sizes(_ALL_PASSES, rate), n)
+def _smear(sample_rate: float, n: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """1 / z, (C, 256), and the transfer functions of the all-passes, (2, C, 256); their level, 0.015, is shared by two channels."""
+    coarse, fine = _turns(torch.ones((), dtype=torch.long, device=device), n)
+    back = (coarse * fine).reciprocal()
+    coarse, fine = _turns(_sizes(_ALL_PASSES, torch.full((1,), sample_rate / 44100, dtype=torch.float64, device=device))[0], n)
     z = coarse * fine
-    return .0075 * (1.5 - z).mul_(z.sub_(.5).reciprocal_()).prod(dim=2)
+    return back, .0075 * ((1.5 - z) / (z - .5)).prod(dim=1)
 
 
-def _room(params: dict[str, Tensor], smear: Tensor, sample_rate: float, n: int) -> Tensor:
-    """The transfer function of both channels together, (B, S, S)."""
+def _room(params: dict[str, Tensor], sample_rate: float, n: int) -> Tensor:
+    """The transfer function of both channels together, (B, n // 2 + 1)."""
     f, d = 1 - .7 * (.02 / .7) ** (params["reverberance"] / 100), .2 + .3 * params["damping"] / 100
-    coarse, fine = _turns(torch.ones_like(d).long(), n)
-    z = coarse * fine
-    minus_g = (z - d.float()[:, None, None]).reciprocal_().mul_(z).mul_(-(f * (1 - d)).float()[:, None, None])
+    back, smear = _smear(sample_rate, n, d.device)
+    minus_g = (back - (1 / d).float()[:, None, None]).reciprocal_().mul_((f * (1 - d) / d).float()[:, None, None])
     coarse, fine = _turns(_sizes(_COMBS, (.1 + .9 * params["room_size"] / 100) * (sample_rate / 44100)), n)
-    room, comb = torch.zeros_like(z), torch.empty_like(z)
-    for channel in (0, 1):
-        echoes = z.zero_()
-        for number in range(len(_COMBS)):
-            echoes += torch.addcmul(minus_g, coarse[:, channel, number], fine[:, channel, number], out=comb).reciprocal_()
-        room.addcmul_(echoes, smear[:, channel])
-    return room
+    room = torch.empty_like(minus_g)
+    for first in range(0, len(back), 8):
+        at = slice(first, first + 8)
+        left, right = torch.addcmul(minus_g[:, None, None, at], coarse[..., at, :], fine).reciprocal_().sum(dim=2).unbind(1)
+        torch.mul(left, smear[0, at], out=room[:, at]).addcmul_(right, smear[1, at])
+    return room.flatten(1)[:, :n // 2 + 1]
 
 # %% ../../nbs/42_linear.ipynb #9f3394c0
 class Reverb(Transform):
@@ -234,9 +242,8 @@ class Reverb(Transform):
         """The rows (B, T) in their rooms."""
         length = wave.shape[1]
         n = next_fast_len(length + length // 4 + 1, real=True)
-        fade = (_FADE ** (-torch.arange(length, device=wave.device).double() / n)).float()
-        smear = _smear(self.sample_rate, n, wave.device)
+        fade = _circle(n, wave.device)[1][:length].to(torch.promote_types(wave.dtype, torch.float32))
         def work(wave: Tensor, params: dict[str, Tensor]) -> Tensor:
-            room = _room(params, smear, self.sample_rate, n).flatten(1)[:, :n // 2 + 1]
-            return wave + torch.fft.irfft(torch.fft.rfft(wave * fade, n) * room, n)[:, :length] / fade
+            spectrum = torch.fft.rfft(wave * fade, n) * _room(params, self.sample_rate, n)
+            return torch.addcdiv(wave, torch.fft.irfft(spectrum, n)[:, :length], fade)
         return in_fours(work, wave, params)
