@@ -19,7 +19,9 @@ from typing import Any, TypeVar
 import torch
 from lightning_fabric import Fabric
 from lightning_fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
+from lightning_fabric.strategies import ModelParallelStrategy
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
 from .audio import Batch
 
@@ -59,9 +61,17 @@ def accelerator() -> str: # "cuda" or "cpu", as Fabric names them
     "Where to run when nobody says. Not on Apple's GPU, which has no float64 for the augmentations' parameters."
     return "cuda" if torch.cuda.is_available() else "cpu"
 
+def _strategy(name: str, world: int) -> Any:
+    if name == "fsdp": return ModelParallelStrategy(_shard, data_parallel_size=world, tensor_parallel_size=1)
+    return "ddp" if name == "auto" else name
+
+def _shard(network: nn.Module, mesh: Any) -> nn.Module: # the layers of a list one by one, then what is left
+    for layer in (layer for part in network.modules() if isinstance(part, nn.ModuleList) for layer in part): fully_shard(layer, mesh=mesh["data_parallel"])
+    return fully_shard(network, mesh=mesh["data_parallel"])
+
 def launch(
     precision: str = "32-true", # or "bf16-mixed"
-    strategy: str = "auto", # with several processes: "auto" or "ddp", a whole network in each; "fsdp", a part in each, on GPUs
+    strategy: str = "auto", # with several processes: "auto" or "ddp", a whole network in each; "fsdp", a part of every layer in each
 ) -> Fabric: # launched: all processes that torchrun or srun started, or this one alone
     "Connect the processes there are. Raises: `ValueError` when the environment contradicts itself, or a node has fewer GPUs than processes."
     if not (found := launched_as(os.environ)):
@@ -73,7 +83,7 @@ def launch(
                              "under SLURM ask for --gpus-per-node, since --gpus-per-task hides the others")
         os.environ.update(found)
         fabric = Fabric(accelerator=accelerator(), devices=per_node, num_nodes=world // per_node, precision=precision,
-                        strategy="ddp" if strategy == "auto" else strategy, plugins=TorchElasticEnvironment())
+                        strategy=_strategy(strategy, world), plugins=TorchElasticEnvironment())
     fabric.launch()
     return fabric
 

@@ -253,14 +253,14 @@ def largest_batch(
     config: TrainConfig, # precision and optimiser are read
     most: int = 4096, # more clips are not tried
     fabric: Fabric | None = None, # launched; None: one device
-) -> int: # clips of a batch, for one device
-    "The largest batch of which one update fits into memory, by bisection. Raises: `devices.OutOfMemory` when one clip does not."
+) -> int: # clips of a batch, for one device; an even number, since a batch of one has no statistics and nothing to tell apart
+    "The largest batch of which one update fits into memory, by bisection. Raises: `devices.OutOfMemory` when two clips do not."
     fabric, config = fabric or devices.launch(config.precision), dataclasses.replace(config, accumulate=1)
     first = read_batch(batches, 0, config.seed)
-    def one_update(clips: int) -> None:
-        rows = torch.arange(clips) % len(first)
+    def one_update(pairs: int) -> None:
+        rows = torch.arange(2 * pairs) % len(first)
         values = {name: getattr(first, name) for name in ("wave", "labels", "ids", "caption") if getattr(first, name) is not None}
         repeated = Batch(**{name: [value[row] for row in rows.tolist()] if isinstance(value, list) else value[rows] for name, value in values.items()})
         prepared = fabric.setup(trial := copy.deepcopy(objective), new_optimizer(config.optimizer, trial, config.lr, config.weight_decay))
         update(fabric, *prepared, lambda number: repeated, config, 0)
-    return devices.largest_batch(one_update, most)
+    return 2 * devices.largest_batch(one_update, most // 2)

@@ -130,12 +130,6 @@ def test_more_processes_than_gpus(environment, monkeypatch):
     with pytest.raises(ValueError, match="got 2 processes on this node and 1 GPUs .* wanted a GPU for each"): launch()
 
 
-def test_a_part_of_the_network_each_needs_gpus(environment, monkeypatch):
-    environment(TORCHRUN)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="FSDP is only available on GPU"): launch(strategy="fsdp")
-
-
 def whole():
     return Batch(wave=torch.arange(24.).reshape(12, 2), labels=torch.eye(12), ids=list(range(12)), caption=[f"song {i}" for i in range(12)],
                  seeds=torch.arange(12) * 7, generator=torch.Generator())
@@ -285,5 +279,4 @@ def test_a_real_allocator_under_a_limit():
     if sys.platform != "linux": pytest.skip("limits of address space are Linux's")
     done = subprocess.run([sys.executable, WORKERS / "little_memory.py"], capture_output=True, text=True, env=clean())
     assert done.returncode == 0, done.stderr
-    first, second = json.loads(done.stdout)
-    assert 12 <= first <= 25 and abs(first - second) <= 2
+    assert all(12 <= found <= 25 for found in json.loads(done.stdout))
