@@ -98,7 +98,7 @@ def pretrain(
     """Play the game for `steps` batches of `pairs` songs. Source: CLMR §4."""
     batches = Loader(corpus.store, corpus.ids("train"), config["pairs"], config["seed"])
     engine = train_config(config, steps=config["steps"], lr=config["learning_rate"])
-    return train.fit(objective, batches, engine, folder, about={"corpus": corpus.fingerprint})
+    return train.fit(objective, batches, engine, folder, about={"corpus": corpus.fingerprint}, measure=True)
 
 # %% ../../nbs/papers/1_clmr.ipynb #bf12d0c4
 SPLITS = "train", "valid", "test"
