@@ -107,7 +107,10 @@ def reproduce_small(book, **environment):
     return done.returncode, done.stdout + done.stderr
 
 
-def test_failing_chapter_is_named_and_the_rest_is_kept_and_resumed(small_book):
+def times_run(book): return {name: len((book / name).read_text()) for name in ("first", "second")}
+
+
+def test_failing_chapter_is_named_the_rest_is_kept_and_resumed_and_a_changed_one_run_again(small_book):
     status, said = reproduce_small(small_book, BREAK="first")
     assert status == 1
     assert "1_first.ipynb, cell" in said and "RuntimeError: told to fail" in said
@@ -118,8 +121,14 @@ def test_failing_chapter_is_named_and_the_rest_is_kept_and_resumed(small_book):
     status, said = reproduce_small(small_book)
     assert status == 0, said
     assert (copies / "1_first.ipynb").exists() and not (copies / "1_first.failed.ipynb").exists()
-    times_run = {name: len((small_book / name).read_text()) for name in ("first", "second")}
-    assert times_run == {"first": 2, "second": 1}, "the second call repeats what failed, and only that"
+    assert times_run(small_book) == {"first": 2, "second": 1}, "the second call repeats what failed, and only that"
+
+    path = small_book / "nbs" / "papers" / "2_second.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells.append(nbformat.v4.new_code_cell("1 + 1"))
+    nbformat.write(notebook, path)
+    assert reproduce_small(small_book)[0] == 0
+    assert times_run(small_book) == {"first": 2, "second": 2}, "a changed notebook is run again, and only that"
 
 
 def test_two_calls_at_one_profile_do_not_meet(small_book):
@@ -135,13 +144,3 @@ def test_a_dead_kernel_is_a_failure_with_a_name(tmp_path):
     with pytest.raises(reproduce.NotebookFailed, match="dies.ipynb, .*[Kk]ernel"):
         reproduce.execute(tmp_path / "dies.ipynb", tmp_path / "copy.ipynb", {"profile": "test"})
     assert (tmp_path / "copy.failed.ipynb").exists() and not (tmp_path / "copy.ipynb").exists()
-
-
-def test_a_changed_notebook_is_run_again(small_book):
-    assert reproduce_small(small_book)[0] == 0
-    path = small_book / "nbs" / "papers" / "2_second.ipynb"
-    notebook = nbformat.read(path, as_version=4)
-    notebook.cells.append(nbformat.v4.new_code_cell("1 + 1"))
-    nbformat.write(notebook, path)
-    assert reproduce_small(small_book)[0] == 0
-    assert {name: len((small_book / name).read_text()) for name in ("first", "second")} == {"first": 1, "second": 2}
