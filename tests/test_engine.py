@@ -19,6 +19,7 @@ from musicssl.checkpoint import checkpoints, read_log
 
 WORKERS = Path(__file__).parent / "workers"
 sys.path.insert(0, str(WORKERS))
+import curves  # noqa: E402
 import engine_ranks  # noqa: E402
 import preempted  # noqa: E402
 from toy import Toy, batches  # noqa: E402
@@ -186,6 +187,13 @@ def test_compiled_is_the_same_and_leaves_no_trace(tmp_path):
     plain, (compiled, result) = fit(tmp_path / "plain", Named())[0], fit(tmp_path / "compiled", Named(), replace(QUICK, compile=True))
     assert_close(dict(compiled.named_parameters()), dict(plain.named_parameters()), rtol=1e-4, atol=1e-5)
     assert compiled.encoder._compiled_call_impl is None and set(compiled.state_dict()) == set(plain.state_dict())
+
+
+def test_what_a_gpu_will_be_asked_runs_here(tmp_path):
+    """`tests/test_gpu.py` compares precisions at the paper's size; here at toy size, where they are close."""
+    precisions, seeds = curves.distances(tmp_path, "toy", 4, 8, seeds=(0, 1), tail=4)
+    assert 0 < precisions < .5 and seeds > 0
+    assert curves.curve(tmp_path / "timed", "toy", 4, 4)[1] > 0
 
 
 # Hooks and pictures

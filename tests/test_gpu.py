@@ -1,5 +1,7 @@
 """What only a GPU can show; `make gpu-check` runs this file. Each test fails, not skips, where there is no GPU."""
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +18,9 @@ from musicssl.experiments import clmr
 from musicssl.features.cqt import CQT, ChromaCQT
 from musicssl.objectives.clmr import CLMR, nt_xent
 from musicssl.train import TrainConfig, fit
+
+sys.path.insert(0, str(Path(__file__).parent / "workers"))
+import curves  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 
@@ -187,3 +192,17 @@ def test_the_network_hardly_waits(store, path, capsys):
         print(f"\nloader {path}: {100 * (np.median(rounds) - 1):.1f} % of a step ({100 * (min(rounds) - 1):.1f} to {100 * (max(rounds) - 1):.1f}), "
               f"step {1000 * alone() / 20:.1f} ms")
     assert np.median(rounds) <= 1.05
+
+
+def test_bf16_follows_float32(tmp_path, capsys):
+    """Over 200 steps, three seeds: precisions end no further apart than seeds do."""
+    precisions, seeds = curves.distances(tmp_path, "paper", 64, 200)
+    with capsys.disabled(): print(f"\nmean loss of the last 50 of 200 steps: bf16 from float32 {precisions:.4f}, seed from seed {seeds:.4f}")
+    assert precisions <= seeds
+
+
+def test_compiled_training_learns_the_same(tmp_path, capsys):
+    found = {compiled: curves.curve(tmp_path / str(compiled), "paper", 128, 60, "bf16-mixed", compile=compiled) for compiled in (False, True)}
+    with capsys.disabled(): print(f"\nbf16, 128 pairs: {found[False][1]:,.0f} clips/s eager, {found[True][1]:,.0f} compiled")
+    ends = [np.mean(losses[-20:]) for losses, _ in found.values()]
+    assert abs(ends[0] - ends[1]) < .1 * ends[0]
