@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['draw_seeds', 'fold_in', 'uniform', 'integers', 'normal', 'ordered', 'row_seeds', 'Transform', 'PolarityInversion',
-           'RandomCrop', 'Noise', 'Gain', 'Compose']
+           'pieces_at', 'RandomCrop', 'Noise', 'Gain', 'Compose']
 
 # %% ../../nbs/41_transforms.ipynb #eec4834e
 import math
@@ -167,6 +167,16 @@ class PolarityInversion(Transform):
         return -wave
 
 # %% ../../nbs/41_transforms.ipynb #90435cc1
+def pieces_at(
+    wave: Tensor, # (B, T)
+    start: Tensor, # (B,) int64, the first sample of each row's piece
+    n_samples: int, # length of a piece
+) -> Tensor: # (B, n_samples), a copy
+    """Cut a piece out of every row, each from a start of its own."""
+    if wave.requires_grad: return wave.gather(1, start[:, None] + torch.arange(n_samples, device=wave.device))
+    return wave.unfold(1, n_samples, 1)[torch.arange(len(wave), device=wave.device), start]         # (B, starts, n_samples), never made
+
+
 class RandomCrop(Transform):
     """Cut a piece of fixed length out of every row; the start is even over all valid ones.
 
@@ -188,8 +198,7 @@ class RandomCrop(Transform):
 
     def transform(self, wave: Tensor, params: dict[str, Tensor]) -> Tensor:
         """The pieces (B, n_samples)."""
-        pieces = wave.unfold(1, self.n_samples, 1)           # (B, starts, n_samples), a view: nothing is copied here
-        return pieces[torch.arange(len(wave), device=wave.device), params["start"]]
+        return pieces_at(wave, params["start"], self.n_samples)
 
 # %% ../../nbs/41_transforms.ipynb #dc6904b4
 class Noise(Transform):

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from scipy.fft import next_fast_len
 from torch import Tensor
 
-from .base import Transform, fold_in, integers, ordered, uniform
+from .base import Transform, fold_in, integers, ordered, pieces_at, uniform
 
 # %% ../../nbs/42_linear.ipynb #9b41be6d
 def in_fours(
@@ -156,7 +156,7 @@ class Delay(Transform):
     def _echo(self, wave: Tensor, params: dict[str, Tensor]) -> Tensor:
         longest = int(self.delay_ms[1] * (self.sample_rate / 1000))
         start = longest - (params["delay_ms"] * (self.sample_rate / 1000)).long()
-        echo = F.pad(wave, (longest, 0)).unfold(1, wave.shape[1], 1)[torch.arange(len(wave), device=wave.device), start]
+        echo = pieces_at(F.pad(wave, (longest, 0)), start, wave.shape[1])
         return echo.mul_(self.gain / 2).add_(wave, alpha=.5)
 
 # %% ../../nbs/42_linear.ipynb #257c0cdc
