@@ -17,7 +17,7 @@ from .base import Transform, fold_in, integers, ordered
 # %% ../../nbs/43_pitch.ipynb #2b089550
 _FINE = 3                                                    # samples for one, before the spline
 _EDGE = .08                                                  # width of the cosine edge, as a share of the band
-_BLOCK, _MARGIN = 16384, 512                                 # a long wave is filtered in blocks, without what rings over their ends
+_BLOCK, _MARGIN = 2048, 128                                  # a long wave is filtered in blocks, without what rings over their ends
 
 
 def _finer(wave: Tensor, speed: Tensor) -> Tensor:
@@ -28,7 +28,7 @@ def _finer(wave: Tensor, speed: Tensor) -> Tensor:
     frequency = torch.arange(_BLOCK // 2 + 1, device=wave.device) / _BLOCK              # cycles per sample
     limit = .5 / speed.float().clamp_min(1.)[:, None]
     edge = .5 - .5 * torch.cos(math.pi * ((limit - frequency) / (_EDGE * limit)).clamp(0, 1))
-    gain = edge * (_FINE / torch.sinc(frequency / _FINE) ** 4)
+    gain = edge * (_FINE / torch.sinc(frequency / _FINE).square().square())
     fine = torch.fft.irfft(torch.fft.rfft(blocks) * gain[:, None], _FINE * _BLOCK)
     return fine[..., _FINE * _MARGIN:-_FINE * _MARGIN].flatten(1)
 
@@ -41,14 +41,14 @@ def vary_speed(
     """Play every row at its own speed, pitch and duration together."""
     fine = _finer(wave, speed)
     last = fine.shape[1] - _FINE - 3
-    position = (torch.arange(n_samples, device=wave.device) * (_FINE * speed.double())[:, None]).clamp(max=last)
-    whole = position.long()
-    share = position.frac().float()
+    number = torch.arange(n_samples, dtype=torch.float64, device=wave.device)
+    position = (number * (_FINE * speed.double())[:, None]).clamp_(max=last)
+    whole, share = position.long(), position.frac().float()
     p0, p1, p2, p3 = (fine[:, _FINE - 1 + shift:].gather(1, whole) for shift in range(4))
-    cubic = torch.sub(p3, p0).add_(p1 - p2, alpha=3)                                    # in place: these arrays are long
-    square = torch.add(p0, p2).sub_(p1, alpha=2)
-    varied = cubic.mul_(share).add_(square, alpha=3).mul_(share).add_(p2 - p0, alpha=3).mul_(share)
-    return varied.add_(p0).add_(p1, alpha=4).add_(p2).mul_(1 / 6)
+    b1, b2 = torch.add(p0, p2).sub_(p1, alpha=2), torch.add(p1, p3).sub_(p2, alpha=2)   # in place: these arrays are long
+    slope = torch.addcmul(b1, b2.sub_(b1), share, value=1 / 3)
+    slope = torch.addcmul(p2 - p0, slope, share)
+    return torch.add(p1, b1, alpha=1 / 6).addcmul_(slope, share, value=.5)
 
 # %% ../../nbs/43_pitch.ipynb #4509c1c2
 def _nearest_peak(power: Tensor) -> Tensor:
@@ -58,9 +58,13 @@ def _nearest_peak(power: Tensor) -> Tensor:
     bin = torch.arange(bins, 2 * bins, dtype=torch.int32, device=power.device)          # from `bins` on, so that 0 says: no peak so far
     below = (peak * bin).cummax(-1).values
     above = 3 * bins - 1 - (peak.flip(-1) * bin).cummax(-1).values.flip(-1)
-    return torch.where(bin - below <= above - bin, below, above).clamp_(bins, 2 * bins - 1).sub_(bins).long()
+    closer = below + above < 2 * bin
+    return above.sub_(below).mul_(closer).add_(below).clamp_(bins, 2 * bins - 1).sub_(bins).long()      # `where` takes longer
 
-# %% ../../nbs/43_pitch.ipynb #546d1203
+# %% ../../nbs/43_pitch.ipynb #93625a91
+_NOTHING = 1e-15                                             # silence turns nothing
+
+
 def stretch(
     wave: Tensor, # (B, L) float32
     rate: Tensor, # (B,) samples of the wave read per sample written, above 0; below 1 makes it longer
@@ -71,25 +75,26 @@ def stretch(
 
     Source: phase vocoder after Flanagan and Golden (1966), phases locked to peaks after Laroche and Dolson (1999).
     """
-    hop, half = window // 2, window // 2
-    frame = torch.arange(-1, -(-n_samples // hop) + 1, device=wave.device)              # the first lies before the start
-    centre = (frame * hop * rate.double()[:, None]).round().clamp(-half, wave.shape[1] + half).long()
-    pieces = F.pad(wave, (window + hop, window + hop)).unfold(1, window + hop, 1)       # a view: each begins one hop early
-    pieces = pieces[torch.arange(len(wave), device=wave.device)[:, None], centre + half]
-    taper = torch.hann_window(window, device=wave.device).sqrt()                        # half a sine; its square adds up to 1
-    spectrum = torch.fft.rfft(pieces[..., hop:] * taper)[..., :half]                    # X; without the highest bin
-    expected = torch.fft.rfft(pieces[:, 1:, :window] * taper)[..., :half]               # E
-    turn = (spectrum[:, :-1] * expected.conj()).detach().add_(1e-20).angle()            # 1e-20: silence turns nothing
-    angle = F.pad(turn.cumsum(1), (0, 0, 1, 0))
-    angle = angle.gather(2, _nearest_peak(spectrum.real.square() + spectrum.imag.square()))
-    frames = torch.fft.irfft(spectrum * torch.complex(angle.cos(), angle.sin()), window) * taper
-    joined = F.pad(frames[..., :hop], (0, 0, 0, 1)) + F.pad(frames[..., hop:], (0, 0, 1, 0))
-    return joined.flatten(1)[:, window:window + n_samples]
+    hop = window // 2
+    frame = torch.arange(-(-n_samples // hop) + 1, device=wave.device)                  # the first is centred on the start
+    centre = (frame * hop * rate.double()[:, None]).round().clamp(-hop, wave.shape[1] + hop).long()
+    padded = F.pad(wave, (window + hop, window))
+    start = centre + hop + padded.shape[1] * torch.arange(len(wave), device=wave.device)[:, None]
+    pieces = padded.flatten().unfold(0, window + hop, 1).index_select(0, start.flatten()).view(*start.shape, -1)    # each begins one hop early
+    taper = torch.sin(torch.arange(window, device=wave.device) * (math.pi / window))    # half a sine; its square adds up to 1
+    spectrum = torch.fft.rfft(pieces[..., hop:] * taper)                                # X
+    with torch.no_grad():
+        expected = torch.fft.rfft(pieces[:, 1:, :window] * taper)                       # E
+        turn = (spectrum[:, :-1] * expected.conj_physical_()).add_(_NOTHING).sgn_()
+        turns = turn.unbind(1)
+        for before, now in zip(turns, turns[1:]): now.mul_(before)
+        led = spectrum[:, 1:]
+        turn = turn.gather(2, _nearest_peak(led.real.square().addcmul_(led.imag, led.imag)))
+    spectrum[:, 1:].mul_(turn)
+    frames = torch.fft.irfft(spectrum, window).mul_(taper)
+    return (frames[:, :-1, hop:] + frames[:, 1:, :hop]).flatten(1)[:, :n_samples]
 
 # %% ../../nbs/43_pitch.ipynb #a12e217c
-_ROWS_ON_CPU = 4                                             # whose arrays fit a core's cache; the result does not depend on it
-
-
 class PitchShift(Transform):
     """Move all pitches by a random whole number of cents; the duration stays.
 
@@ -112,11 +117,13 @@ class PitchShift(Transform):
 
     def transform(self, wave: Tensor, params: dict[str, Tensor]) -> Tensor:
         """The shifted rows (B, T)."""
-        rows = _ROWS_ON_CPU if wave.device.type == "cpu" else max(1, len(wave))
-        n = wave.shape[1]
-        longest = 64 * math.ceil(n / 64 / 2 ** (self.cents[0] / 1200))                  # whole vectors: the last few are computed like the rest
-        shifted = []
-        for group, cents in zip(wave.float().split(rows), params["cents"].split(rows)):
-            speed = 2 ** (cents.double() / 1200)
-            shifted.append(stretch(vary_speed(group, speed, longest), 1 / speed, n, self.window))
-        return torch.where(params["cents"][:, None] == 0, wave, torch.cat(shifted).to(wave.dtype))
+        cents = params["cents"]
+        if wave.device.type != "cpu": return torch.where(cents[:, None] == 0, wave, self._shift(wave, cents, self.cents[0]))
+        rows = zip(wave.split(1), cents.tolist())
+        return torch.cat([wave[:0], *(self._shift(row, torch.tensor([c]), c) if c else row for row, c in rows)])
+
+    def _shift(self, wave: Tensor, cents: Tensor, lowest: int) -> Tensor:
+        """All rows together; none is shifted lower than `lowest`."""
+        speed, n = 2 ** (cents.double() / 1200), wave.shape[1]
+        longest = math.ceil((n + _MARGIN) / 2 ** (lowest / 1200))                       # until the filter has fallen silent
+        return stretch(vary_speed(wave.float(), speed, longest), 1 / speed, n, self.window).to(wave.dtype)
