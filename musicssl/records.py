@@ -7,6 +7,7 @@ __all__ = ['Value', 'Work', 'hardware', 'provenance', 'CorruptRecord', 'Record',
            'RunsFailed', 'name_of', 'resolve', 'fill', 'state', 'status', 'join_in']
 
 # %% ../nbs/75_records.ipynb #8f4b9b22
+import atexit
 import datetime
 import importlib
 import json
@@ -111,20 +112,25 @@ def _by_first(group: Fabric | None, work: Callable[[], Value]) -> Value:
 
 def _by_all(group: Fabric | None, work: Callable[[], Value]) -> Value:
     if group is None: return work()
-    line, value, error = distributed.new_group(backend="gloo"), None, None
+    line, value, error = distributed.new_group(backend="gloo", timeout=_PATIENCE), None, None
     try: value = work()
     except Exception as caught: error = caught
     told = [None] * group.world_size
     try:
-        distributed.monitored_barrier(line, _GRACE if error else _PATIENCE)
+        distributed.all_reduce(torch.zeros(1), group=line, async_op=True).wait(_GRACE if error else _PATIENCE)
         distributed.all_gather_object(told, error and f"process {group.global_rank}: {type(error).__name__}: {error}", line)
     except RuntimeError as silence:
         if error: traceback.print_exception(error)
+        atexit.register(_leave)
         raise SystemExit(f"process {group.global_rank} leaves: the others did not follow; {silence}") from error
     distributed.destroy_process_group(line)
     if error: raise error
     if any(told): raise RuntimeError("; ".join(filter(None, told)))
     return value
+
+def _leave() -> None: # Python would wait for operations that nobody will ever finish
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(1)
 
 # %% ../nbs/75_records.ipynb #8b9d90c1
 Work = Callable[[dict, Path], tuple[dict, dict[str, np.ndarray]]]

@@ -1,6 +1,7 @@
 """Records that are whole or absent, and grids that several processes share."""
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -145,3 +146,74 @@ def test_time_counts_all_attempts_and_a_finished_run_leaves_nothing_to_the_next(
     (tmp_path / "records" / f"{record.key}.json").unlink()
     assert run().provenance["seconds"] < 50 and calls == [False, True, False], "the finished attempt does not"
     assert place.is_dir()
+
+
+def two_ranks(folder, case):
+    """Two processes as `srun` would start them: nobody ends one when the other has gone."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    started = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "CUDA_VISIBLE_DEVICES": ""}
+    return [subprocess.Popen([sys.executable, WORKERS / "together.py", folder, case], stderr=subprocess.PIPE, text=True,
+                             env={**os.environ, **started, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in (0, 1)]
+
+
+def test_two_processes_fill_a_grid_as_one(tmp_path):
+    with files.lock(tmp_path / "records" / ".locks" / files.fingerprint({"run": 3})):
+        ranks = two_ranks(tmp_path, "good")
+        errors = [rank.communicate(timeout=300)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], errors
+    first, second = (files.read_json(tmp_path / f"{rank}.json") for rank in (0, 1))
+    mutated = [found.pop("every process looks after the files") for found in (first, second)]
+    assert first == second
+    assert first["rest"] == [*({"total": 2 * run + 1, "rank": 0, "array": [[2 * run + 1]], "processes": 2} for run in (0, 2)), None]
+    assert "1 of 4 runs failed" in first["failed"] and "FloatingPointError: diverged" in first["failed"]
+    assert f"is held by process {os.getpid()} on " in first["locked"] and "use join_in" in first["fill"]
+    for run in (0, 2): assert {path.name for path in (tmp_path / "scratch" / files.fingerprint({"run": run})).iterdir()} == {"attempt.json", "rank0", "rank1"}
+    assert {record.key for record in records.load_all(tmp_path / "records")} == {files.fingerprint({"run": run}) for run in (0, 2, 9)}
+    assert [None] in mutated and mutated != [[None], [None]], "the mutation: a process that is not told finds the lock of its own group"
+
+
+def test_a_process_that_fails_alone_takes_the_others_along(tmp_path):
+    ranks = two_ranks(tmp_path, "alone")
+    errors = [rank.communicate(timeout=300)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [1, 1] and "FloatingPointError: diverged" in errors[1]
+    assert all(f"process {rank} leaves: the others did not follow" in errors[rank] for rank in (0, 1))
+    assert records.find({"run": 0}, tmp_path / "records") and records.find({"run": 1}, tmp_path / "records") is None
+    with files.lock(tmp_path / "records" / ".locks" / files.fingerprint({"run": 1})): pass
+
+
+def test_mutation_nobody_asks_how_it_ended_for_the_others(tmp_path):
+    """Then the process that failed goes on to the next thing, and the other waits for it, or takes that thing for the one it waits for."""
+    ranks = two_ranks(tmp_path, "mutation")
+    try:
+        wait_for(lambda: records.find({"run": 0}, tmp_path / "records"), 120)
+        time.sleep(5)
+        assert [rank.poll() for rank in ranks] != [1, 1]
+    finally:
+        for rank in ranks: rank.kill(), rank.communicate()
+
+
+def test_join_in_never_waits(tmp_path):
+    """One run is another's: the rest is done, a failure is tried once, and the run of the other is done by the next call."""
+    tries = []
+    def work(config, place):
+        tries.append(config["run"])
+        if config["run"] == 1: raise FloatingPointError("run 1 diverged")
+        return slow(config, place)
+    def join(): return records.join_in(grid(4, 0), work, tmp_path / "records", tmp_path / "scratch", progress=False)
+    with files.lock(tmp_path / "records" / ".locks" / files.fingerprint(grid(4, 0)[0])), pytest.raises(records.RunsFailed, match="1 of 4 runs failed"): join()
+    assert tries == [1, 2, 3] and records.status(grid(4, 0), tmp_path / "records") == {"done": 2, "running": 0, "missing": 2}
+    with pytest.raises(records.RunsFailed): join()
+    assert tries == [1, 2, 3, 0, 1]
+
+
+def test_join_in_looks_again_at_what_another_let_go(tmp_path, monkeypatch):
+    """The other process dies while we are at the second run: its run is ours then."""
+    held, tries = files.lock(tmp_path / "records" / ".locks" / files.fingerprint(grid(2, 0)[0])), []
+    held.__enter__()
+    def work(config, place):
+        tries.append(config["run"])
+        if config["run"] == 1: held.__exit__(None, None, None)
+        return slow(config, place)
+    assert None not in records.join_in(grid(2, 0), work, tmp_path / "records", tmp_path / "scratch", progress=False) and tries == [1, 0]
