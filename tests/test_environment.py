@@ -22,7 +22,7 @@ ENVIRONMENT = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf8
 CONSTRAINTS = [line for line in (ROOT / "constraints.txt").read_text(encoding="utf8").splitlines() if line.strip() and not line.startswith("#")]
 
 DISTRIBUTION = {"sklearn": "scikit-learn", "IPython": "ipykernel", "yaml": "pyyaml"}
-BESIDES = {"fastcore", "execnb", "nbformat", "threadpoolctl"} # brought by nbdev, papermill and scikit-learn, and pinned too
+BESIDES = {"fastcore", "execnb", "nbclient", "nbformat", "threadpoolctl"} # brought by nbdev, papermill and scikit-learn, and pinned too
 READING_ROOMS = {"report", "reproduce"}                      # need the extra `nb`
 MATCH_SPEC = re.compile(r"[a-z0-9][a-z0-9._-]*(?:(?:[<>]=?|[=!~]=|=)[0-9]+(?:\.(?:[0-9]+|\*))*(?:,(?:[<>]=?|[=!~]=)[0-9]+(?:\.(?:[0-9]+|\*))*)*)?")
 
