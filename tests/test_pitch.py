@@ -127,19 +127,19 @@ def test_the_filter_is_what_keeps_wrong_notes_out(monkeypatch):
     assert wrong_db(9000., 2 ** (700 / 1200)) > -3
 
 
-@pytest.mark.parametrize("n_samples", [1, 2, 100, 2047, 2048, 15_360, 15_361, 40_000])
+@pytest.mark.parametrize("n_samples", [1, 2, 100, 1791, 1792, 15_360, 15_361, 40_000])
 def test_every_length_comes_back(n_samples):
     out = PitchShift()(waves(n_samples), seeds=SEEDS)
     assert out.shape == (9, n_samples) and out.isfinite().all()
 
 
 def test_long_waves_have_no_seams():
-    """Blocks of the filter leave no trace: a tone over five of them, at speed 1, is the tone."""
+    """Blocks of the filter leave no trace: a tone over forty of them, at speed 1, is the tone."""
     wave = tones(1234.5, n_samples=70_000)
     assert (vary_speed(wave, torch.ones(1), 70_000) - wave)[:, 100:-100].abs().max() < 2e-3
 
 
-@pytest.mark.parametrize("n_samples", [14_847, 14_848, 15_359, 30_720])
+@pytest.mark.parametrize("n_samples", [14_207, 14_208, 14_335, 14_336, 30_720])
 def test_silence_follows_the_end(n_samples):
     """Also where the wave ends with a block: its last value does not go on."""
     assert vary_speed(torch.ones(2, n_samples), torch.tensor([1., 1.5]), 2 * n_samples)[:, n_samples + 600:].abs().max() < 1e-3

@@ -119,8 +119,10 @@ class PitchShift(Transform):
         """The shifted rows (B, T)."""
         cents = params["cents"]
         if wave.device.type != "cpu": return torch.where(cents[:, None] == 0, wave, self._shift(wave, cents, self.cents[0]))
-        rows = zip(wave.split(1), cents.tolist())
-        return torch.cat([wave[:0], *(self._shift(row, torch.tensor([c]), c) if c else row for row, c in rows)])
+        shifted = torch.empty_like(wave)                                                # one row's arrays fit a core's cache
+        for row, c in enumerate(cents.tolist()):
+            shifted[row] = self._shift(wave[row:row + 1], cents[row:row + 1], c)[0] if c else wave[row]
+        return shifted
 
     def _shift(self, wave: Tensor, cents: Tensor, lowest: int) -> Tensor:
         """All rows together; none is shifted lower than `lowest`."""
