@@ -1,5 +1,5 @@
 # make reproduce [PROFILE=smoke]   every figure, table and verdict, from nothing
-# make test                        environment, export drift, clean notebooks, pytest
+# make test [JOBS=2]               environment, export drift, clean notebooks, pytest
 # make lab                         the notebooks in JupyterLab
 # make export                      nbs/ -> musicssl/
 # make bench                       speed beside what else one could use (QUICK=1: within minutes)
@@ -9,6 +9,7 @@ VENV    ?= .venv
 PROFILE ?= smoke
 FRESH   ?=
 QUICK   ?=
+JOBS    ?= 2
 BIN     := $(VENV)/bin
 READY   := $(VENV)/.musicssl-installed
 
@@ -24,7 +25,7 @@ reproduce: $(READY)
 	$(BIN)/musicssl reproduce --profile $(PROFILE) $(if $(FRESH),--fresh)
 
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 
 check: $(READY)
 	$(BIN)/python tests/check_sources.py

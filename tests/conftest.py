@@ -2,6 +2,8 @@
 import os
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 
 os.environ.update({
@@ -12,3 +14,9 @@ os.environ.update({
     "MUSICSSL_FIGURES": str(ROOT / ".cache" / "figures"),
     "MUSICSSL_PROFILE": "test",
 })
+
+
+def pytest_collection_modifyitems(items):
+    """`pytest -n 2 --dist loadgroup`: a file stays together, for its tests share what they prepared; every notebook stands alone."""
+    for item in items:
+        if item.path.name != "test_notebooks.py": item.add_marker(pytest.mark.xdist_group(item.path.name))

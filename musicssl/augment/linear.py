@@ -12,7 +12,6 @@ from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
-from scipy.fft import next_fast_len
 from torch import Tensor
 
 from .base import Transform, fold_in, integers, ordered, pieces_at, uniform
@@ -35,6 +34,11 @@ def in_fours(
         part = work(four(wide, first), {key: four(value, first) for key, value in params.items()})
         out[first:first + 4] = part[:len(wave) - first]
     return out.to(wave.dtype)
+
+
+def _quick(length: int) -> int:                              # the next length that a Fourier transform likes
+    from scipy.fft import next_fast_len
+    return next_fast_len(length, real=True)
 
 
 def _drawn(seeds: Tensor, ends: tuple[float, float], whole: bool) -> Tensor:
@@ -115,7 +119,7 @@ class Filter(Transform):
 
     def transform(self, wave: Tensor, params: dict[str, Tensor]) -> Tensor:
         """The filtered rows (B, T)."""
-        n = next_fast_len(wave.shape[1] + self._ringing, real=True)
+        n = _quick(wave.shape[1] + self._ringing)
         def work(wave: Tensor, params: dict[str, Tensor]) -> Tensor:
             cutoff, highpass = params["cutoff_hz"] / self.sample_rate, params["highpass"]
             if self.kind == "sinc": return _convolve(wave, windowed_sinc(cutoff, highpass, self._half))
@@ -241,7 +245,7 @@ class Reverb(Transform):
     def transform(self, wave: Tensor, params: dict[str, Tensor]) -> Tensor:
         """The rows (B, T) in their rooms."""
         length = wave.shape[1]
-        n = next_fast_len(length + length // 4 + 1, real=True)
+        n = _quick(length + length // 4 + 1)
         fade = _circle(n, wave.device)[1][:length].to(torch.promote_types(wave.dtype, torch.float32))
         def work(wave: Tensor, params: dict[str, Tensor]) -> Tensor:
             spectrum = torch.fft.rfft(wave * fade, n) * _room(params, self.sample_rate, n)
