@@ -42,9 +42,9 @@ from paired import Disagreement, Row, as_json, header, paired, row, table
 
 RATE, VIEW, CLIP = 22_050, 59_049, 29 * 22_050
 # What a missing peer leaves unsaid.
-LAST = {"sox": "2026-11-21, the chain with it took as long as ours (P1) and its pitch shift 0.6 times as long (P4)",
-        "torchaudio-augmentations": "2026-11-21, it took 1.7 times as long as ours in P2",
-        "torch-audiomentations": "2026-11-21, it took 16 times as long as ours in P4", "audiomentations": "2026-11-21, it took 1.9 times as long as ours in P4"}
+LAST = {"sox": "2026-11-21, the chain with it took 1.4 times as long as ours (P1) and its pitch shift as long (P4)",
+        "torchaudio-augmentations": "2026-11-21, it took 2.1 times as long as ours in P2",
+        "torch-audiomentations": "2026-11-21, it took 22 times as long as ours in P4", "audiomentations": "2026-11-21, it took 2.8 times as long as ours in P4"}
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,9 @@ def stretch(
     centre = (frame * hop * rate.double()[:, None]).round().clamp(-hop, wave.shape[1] + hop).long()
     padded = F.pad(wave, (window + hop, window))
     start = centre + hop + padded.shape[1] * torch.arange(len(wave), device=wave.device)[:, None]
-    pieces = padded.flatten().unfold(0, window + hop, 1).index_select(0, start.flatten()).view(*start.shape, -1)    # each begins one hop early
+    flat, length = padded.flatten(), window + hop
+    if flat.requires_grad: pieces = flat[start[..., None] + torch.arange(length, device=wave.device)]   # a view's gradient is as large as the view
+    else: pieces = flat.unfold(0, length, 1).index_select(0, start.flatten()).view(*start.shape, -1)    # each begins one hop early
     taper = torch.sin(torch.arange(window, device=wave.device) * (math.pi / window))    # half a sine; its square adds up to 1
     spectrum = torch.fft.rfft(pieces[..., hop:] * taper)                                # X
     with torch.no_grad():
