@@ -239,6 +239,7 @@ def fit(
         objective.train()
         flops = meter.flops(objective, run.batch(0)) if measure or measure is None and fabric.device.type == "cuda" else None
         if config.compile: stack.enter_context(_compiled(objective))
+        if hasattr(objective, "gather"): stack.callback(setattr, objective, "gather", objective.gather)     # lent, not given
         run.restore()
         watch = _Watch(run, flops, progress, live, tensorboard, stack)
         if validate and not run.log.rows:

@@ -20,7 +20,7 @@ def trained(fabric, folder):
     train.fit(toy, batches(16), CONFIG, folder, fabric=fabric, until=3, progress=False)
     result = train.fit(toy, batches(16), CONFIG, folder, fabric=fabric, progress=False)
     return {"weights": toy.state_dict(), "seen": toy.seen, "losses": [row["loss"] for row in result.history],
-            "clips": [row["clips"] for row in result.history], "resumed": result.resumed, "gather": toy.gather is not None}
+            "clips": [row["clips"] for row in result.history], "resumed": result.resumed, "gather": toy.lent, "kept": toy.gather is not None}
 
 
 if __name__ == "__main__":
