@@ -181,6 +181,7 @@ def _train_parser(parser: argparse.ArgumentParser) -> None:
     _which_grid(parser, required=True)
     parser.add_argument("--arm", help="runs of this arm only, e.g. clmr; default: all")
     parser.add_argument("--seed", type=int, help="runs of this seed only; default: all")
+    parser.add_argument("--find-batch", action="store_true", help="train nothing, but say how many clips a batch may hold on this device")
 
 def _runs_parser(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True)
@@ -255,7 +256,10 @@ def _runs(given: argparse.Namespace, profile: str, papers: list[str]) -> None:
     action, wanted = ("train", {"arm": given.arm, "seed": given.seed}) if given.command == "train" else (given.action, {})
     if action == "script": print(cluster.script(given.paper, profile, given.tasks, given.gpus, given.hours), end="")
     if action == "submit": _submit(given, profile)
-    for paper in papers if action not in ("script", "submit") else []:
+    if finding := action == "train" and given.find_batch:
+        config = cluster.grid_of(given.paper, profile, **wanted)[0]
+        print(f"{given.paper} at {profile}: a batch may hold {cluster.experiment_of(given.paper).largest_batch(config)} clips here, up to 4,096 were tried")
+    for paper in papers if action not in ("script", "submit") and not finding else []:
         if action == "train" or action == "run" and given.one_by_one: cluster.join_grid(paper, profile, **wanted)
         elif action == "run": fill_grid(paper, profile, given.workers)
         if devices.launched_as(os.environ).get("RANK", "0") != "0": continue

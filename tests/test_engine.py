@@ -259,3 +259,11 @@ def test_a_sharded_run_resumes_and_its_checkpoint_loads_on_one_device(tmp_path, 
     one_device, result = fit(folder / "sharded", Toy(noise=0., dropout=0., norm=False, seed=7), engine_ranks.SHARDED, batches=batches(16))
     assert result.resumed == 6
     assert_close(one_device.state_dict(), whole.state_dict(), rtol=1e-4, atol=1e-5)
+
+
+def test_the_command_says_how_many_clips_fit(monkeypatch, capsys):
+    from musicssl import reproduce
+    asked = []
+    monkeypatch.setattr(train, "largest_batch", lambda objective, batches, config, most=4096: asked.append((type(objective).__name__, len(batches(0)))) or 37)
+    assert reproduce.main(["train", "--paper", "clmr", "--profile", "test", "--arm", "clmr", "--find-batch"]) == 0
+    assert "a batch may hold 37 clips here" in capsys.readouterr().out and asked == [("CLMR", 6)]

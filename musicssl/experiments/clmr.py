@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PAPER', 'SPLITS', 'Scores', 'ARMS', 'Recipe', 'new_encoder', 'load_corpus', 'prepare', 'new_objective',
-           'train_config', 'pretrain', 'device', 'embed', 'read_out', 'probes', 'clmr', 'similarity_of_views',
-           'supervised', 'segment_logits', 'validation_loss', 'tag', 'random_encoder', 'mfcc', 'grid', 'describe',
-           'run']
+           'train_config', 'pretraining', 'largest_batch', 'pretrain', 'device', 'embed', 'read_out', 'probes', 'clmr',
+           'similarity_of_views', 'supervised', 'segment_logits', 'validation_loss', 'tag', 'random_encoder', 'mfcc',
+           'grid', 'describe', 'run']
 
 # %% ../../nbs/papers/1_clmr.ipynb #b7c329df
 from collections.abc import Callable
@@ -89,16 +89,28 @@ def train_config(
     every = max(1, changes["steps"] // 5)
     return train.TrainConfig(seed=config["seed"], precision=config["precision"], checkpoint_every=every, **changes)
 
+def pretraining(
+    config: dict, # a run's configuration
+    corpus: scorebox.Corpus, # its training clips are heard, its labels are not
+) -> tuple[Loader, train.TrainConfig]: # what is read, and how the network is trained
+    """`steps` batches of `pairs` songs. Source: CLMR §4."""
+    batches = Loader(corpus.store, corpus.ids("train"), config["pairs"], config["seed"])
+    return batches, train_config(config, steps=config["steps"], lr=config["learning_rate"])
+
+def largest_batch(
+    config: dict, # a run's configuration
+) -> int: # songs
+    """How many songs a batch may hold on this device."""
+    return train.largest_batch(new_objective(config), *pretraining(config, load_corpus(config)))
+
 def pretrain(
     objective: CLMR, # trained in place
     corpus: scorebox.Corpus, # its training clips are heard, its labels are not
     config: dict, # a run's configuration
     folder: Path, # log and checkpoints; an interrupted run goes on from there
 ) -> train.Result: # the history of the loss
-    """Play the game for `steps` batches of `pairs` songs. Source: CLMR §4."""
-    batches = Loader(corpus.store, corpus.ids("train"), config["pairs"], config["seed"])
-    engine = train_config(config, steps=config["steps"], lr=config["learning_rate"])
-    return train.fit(objective, batches, engine, folder, about={"corpus": corpus.fingerprint}, measure=True)
+    """Play the game."""
+    return train.fit(objective, *pretraining(config, corpus), folder, about={"corpus": corpus.fingerprint}, measure=True)
 
 # %% ../../nbs/papers/1_clmr.ipynb #bf12d0c4
 SPLITS = "train", "valid", "test"
