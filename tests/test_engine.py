@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -72,6 +73,25 @@ def test_a_signal_in_the_last_step_is_no_interruption(tmp_path):
         return batches()(number)
     _, result = fit(tmp_path, batches=late)
     assert len(result.history) == 6 and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+# R17: two runs in one folder
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="kill -9")
+def test_a_folder_is_one_run_s_until_it_dies(tmp_path, monkeypatch):
+    """The second run is refused at once and told whose the folder is; after `kill -9` it is free, with nothing to clean up."""
+    child = subprocess.Popen([sys.executable, WORKERS / "preempted.py", tmp_path], env=SINGLE)
+    until = time.monotonic() + 60
+    while time.monotonic() < until and not (tmp_path / "log.jsonl").exists(): time.sleep(.01)
+    began = time.monotonic()
+    with pytest.raises(files.Locked, match=rf"process {child.pid} on \S+ since \d{{4}}-"): fit(tmp_path, config=preempted.CONFIG)
+    assert time.monotonic() - began < 5
+    with monkeypatch.context() as mutated:                   # the mutation: without the lock the second run takes the folder of the first
+        mutated.setattr(files, "lock", lambda path: nullcontext())
+        fit(tmp_path, config=preempted.CONFIG, until=1)
+    child.kill()
+    child.wait()
+    assert len(fit(tmp_path, config=preempted.CONFIG, until=3)[1].history) == 3
 
 
 # R18: loss and gradient
