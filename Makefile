@@ -25,7 +25,7 @@ reproduce: $(READY)
 	$(BIN)/musicssl reproduce --profile $(PROFILE) $(if $(FRESH),--fresh)
 
 test: check
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --max-worker-restart 0
 
 check: $(READY)
 	$(BIN)/python tests/check_sources.py
