@@ -16,7 +16,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from musicssl import checkpoint, files, train
+from musicssl import checkpoint, files, train, update
 from toy import Toy, batches
 
 CONFIG = train.TrainConfig(steps=48, lr=1e-2, warmup_steps=10, schedule="cosine", accumulate=2, clip_norm=1., checkpoint_every=4)
@@ -34,7 +34,7 @@ def mutate(mutation):
     if mutation == "one random stream":
         stream = torch.Generator().manual_seed(0)
         torch.manual_seed(0)
-        train.seed_everything = lambda *key: stream
+        train.seed_everything = update.seed_everything = lambda *key: stream
     if mutation == "optimiser forgotten":
         torch.optim.Adam.load_state_dict = lambda self, state: None
 
