@@ -683,6 +683,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'musicssl.devices._as_torchrun': ('devices.html#_as_torchrun', 'musicssl/devices.py'),
                                   'musicssl.devices._copied': ('devices.html#_copied', 'musicssl/devices.py'),
                                   'musicssl.devices._fits': ('devices.html#_fits', 'musicssl/devices.py'),
+                                  'musicssl.devices._leave': ('devices.html#_leave', 'musicssl/devices.py'),
                                   'musicssl.devices._shard': ('devices.html#_shard', 'musicssl/devices.py'),
                                   'musicssl.devices._strategy': ('devices.html#_strategy', 'musicssl/devices.py'),
                                   'musicssl.devices.accelerator': ('devices.html#accelerator', 'musicssl/devices.py'),

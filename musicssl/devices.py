@@ -7,6 +7,7 @@ __all__ = ['Value', 'launched_as', 'accelerator', 'launch', 'share', 'gathered',
            'OutOfMemory', 'is_out_of_memory', 'largest_batch']
 
 # %% ../nbs/71_devices.ipynb #340d8e3a
+import atexit
 import gc
 import os
 import pickle
@@ -85,7 +86,11 @@ def launch(
         fabric = Fabric(accelerator=accelerator(), devices=per_node, num_nodes=world // per_node, precision=precision,
                         strategy=_strategy(strategy, world), plugins=TorchElasticEnvironment())
     fabric.launch()
+    if found: atexit.register(_leave)
     return fabric
+
+def _leave() -> None: # gloo's threads abort a process that ends without saying goodbye
+    if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
 
 # %% ../nbs/71_devices.ipynb #0fe718f4
 def share(
