@@ -13,6 +13,7 @@ import os
 import pickle
 import re
 import subprocess
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ContextManager, Iterator
 
@@ -59,8 +60,12 @@ def read_about(
     path: str | Path, # a file of `save_weights`
 ) -> dict: # the metadata, and under "library" version, commit and dirty
     "What a file of weights says about itself; its tensors stay on disk. Raises: `Mismatch` when the file is not safetensors."
+    with _opened(path) as file: return json.loads((file.metadata() or {}).get("musicssl", "{}"))
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[Any]: # safetensors' reader
     try:
-        with safe_open(path, framework="pt") as file: return json.loads((file.metadata() or {}).get("musicssl", "{}"))
+        with safe_open(path, framework="pt") as file: yield file
     except SafetensorError as error: raise Mismatch(f"{path} is not a complete safetensors file: {error}") from error
 
 # %% ../nbs/72_checkpoint.ipynb #8314248e
@@ -89,13 +94,13 @@ def load_weights(
     Raises: `Mismatch` listing names, shapes and types that differ, or when the file is not safetensors.
     """
     metadata = read_about(path)
-    given = {name.removeprefix(prefix): tensor for name, tensor in _tensors(path).items() if name.startswith(prefix)}
+    given = _tensors(path, prefix)
     _refuse_other_shapes(path, given, module)
     _put(given, module)
     return metadata
 
-def _tensors(path: str | Path) -> dict[str, Tensor]:
-    with safe_open(path, framework="pt") as file: return {name: file.get_tensor(name) for name in file.keys()}
+def _tensors(path: str | Path, prefix: str = "") -> dict[str, Tensor]:
+    with _opened(path) as file: return {name.removeprefix(prefix): file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}
 
 def _refuse_other_shapes(source: Any, given: dict[str, Tensor], module: nn.Module) -> None:
     shapes = lambda tensors: {name: f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for name, t in tensors.items()}
@@ -207,7 +212,6 @@ def load_checkpoint(
     """
     path, found = Path(path), files.read_json(Path(path) / "state.json")
     _refuse_differences(f"{path} is of another run", _identity(found, state), _identity(state, state))
-    read_about(path / "model.safetensors")
     return _tensors(path / "model.safetensors"), _moments(path / "resume.pt"), found["step"]
 
 # %% ../nbs/72_checkpoint.ipynb #4dca6056
