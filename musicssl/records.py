@@ -30,7 +30,7 @@ from torch import distributed
 from tqdm import tqdm
 
 import musicssl
-from . import devices, files, settings
+from . import devices, files, meter, settings
 from .checkpoint import commit
 
 # %% ../nbs/76_records.ipynb #aa18288b
@@ -42,11 +42,7 @@ def hardware() -> dict[str, Any]: # cpu, cores, device
 
 # %% ../nbs/76_records.ipynb #9cf110d5
 def _peak_memory() -> dict[str, float | None]:
-    try:
-        import resource
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-    except ImportError: peak = None
-    return {"peak_memory_mb": peak, "peak_device_memory_mb": torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else None}
+    return {"peak_memory_mb": meter.peak_memory("cpu"), "peak_device_memory_mb": meter.peak_memory("cuda") if torch.cuda.is_available() else None}
 
 def _world() -> int:
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
