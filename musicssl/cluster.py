@@ -13,11 +13,10 @@ import shlex
 import signal
 import subprocess
 import sys
-import threading
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Iterator
+from typing import Any
 
 import torch
 
@@ -109,16 +108,10 @@ def summary(
     return f"{paper} at {profile}: " + ", ".join(f"{n} {state}" for state, n in states.items())
 
 # %% ../nbs/77_cluster.ipynb #d58a2f8e
-@contextmanager
-def asked_to_end() -> Iterator[None]: # nothing; within the block signals are heard
+def asked_to_end() -> AbstractContextManager: # within the block signals are heard
     """Leave with the status `train.PREEMPTED` on SIGTERM or SIGUSR1, which reach the main thread only. Raises: `SystemExit`."""
-    def leave(number: int, frame: Any) -> None: raise SystemExit(train.PREEMPTED)
-    main = threading.current_thread() is threading.main_thread()
-    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if main and hasattr(signal, name)]
-    before = {number: signal.signal(number, leave) for number in numbers}
-    try: yield
-    finally:
-        for number, handler in before.items(): signal.signal(number, handler)
+    def leave(number: int) -> None: raise SystemExit(train.PREEMPTED)
+    return train.when_asked_to_end(leave)
 
 # %% ../nbs/77_cluster.ipynb #b4f39a06
 _SCRIPT = """#!/bin/bash

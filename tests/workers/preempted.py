@@ -12,10 +12,10 @@ CONFIG = train.TrainConfig(steps=4000, lr=1e-2, checkpoint_every=4000)
 
 
 @contextmanager
-def deaf(): yield []
+def deaf(act): yield
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    if sys.argv[2:] == ["deaf"]: train._listening = deaf
+    if sys.argv[2:] == ["deaf"]: train.when_asked_to_end = deaf
     train.fit(Toy(), batches(), CONFIG, Path(sys.argv[1]), progress=False)
