@@ -47,7 +47,7 @@ def test_constant_scores_are_worth_the_base_rate():
 def test_bootstrap_equals_scikit_learn_on_resampled_rows(metric, grouped, levels):
     labels, scores = made_up(60, 6, seed=5, levels=levels)
     groups = np.random.default_rng(1).integers(0, 20, 60) if grouped else None
-    weights, _ = probe._weights(60, 1, groups, 12, seed=3)
+    weights, _ = probe.resample_weights(60, 1, groups, 12, seed=3)
     ours = probe.macro_scores(labels, scores, weights, metric, chunk=5)
     rows = [np.repeat(np.arange(60), w.astype(int)) for w in weights.T]
     np.testing.assert_allclose(ours, [macro(metric, labels[r], scores[r]) for r in rows], rtol=0, atol=1e-12)

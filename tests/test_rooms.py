@@ -13,11 +13,14 @@ ORDER = ["settings", "files", "compat", "audio",
          "data.notation", "data.abc", "data.scores", "data.sampler", "data.store", "data.arrange", "data.deal", "data.scorebox",
          "data.captions", "data.notes", "data.folder", "data.shards", "data.loader",
          "augment.base", "augment.linear", "augment.pitch", "augment.distortions", "augment.mixture", "augment.clmr",
-         "encoders.base", "encoders.samplecnn", "objectives.clmr", "objectives.supervised",
-         "optim", "devices", "checkpoint", "meter", "update", "train", "probe", "records", "report",
+         "encoders.base", "encoders.samplecnn", "encoders.handmade", "objectives.clmr", "objectives.supervised",
+         "optim", "devices", "checkpoint", "meter", "update", "train", "zoo",
+         "probe.metrics", "probe.intervals", "probe.frozen", "probe.logistic", "probe.readouts", "probe.beats", "probe.tasks", "probe.finetune",
+         "probe.robustness", "records", "report", "evaluate",
          "experiments.scorebox", "experiments.clmr", "cluster", "reproduce"]
 # Rooms that know no paper: no network, objective or experiment may enter, only the contract of an encoder.
-PAPERLESS = {"optim", "devices", "checkpoint", "meter", "update", "train", "probe", "records", "report"}
+PAPERLESS = {"optim", "devices", "checkpoint", "meter", "update", "train", "records", "report",
+             *(f"probe.{room}" for room in ("metrics", "intervals", "frozen", "logistic", "readouts", "beats", "tasks", "finetune", "robustness"))}
 # Rooms for reading and drawing; everything else is for training and stays light.
 DRAWING = {"report", "reproduce"}
 HEAVY = ["torchaudio", "librosa", "matplotlib", "seaborn", "pandas", "IPython", "music21", "pretty_midi", "webdataset", "nbdev", "papermill"]
