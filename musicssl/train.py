@@ -28,6 +28,7 @@ from .checkpoint import (Log, Mismatch, checkpoints, full_state, load_checkpoint
 from .data.loader import Loader
 from .optim import new_optimizer
 from .update import Diverged, TrainConfig, read_batch, seed_everything, update
+from .zoo import describe
 
 # %% ../nbs/75_train.ipynb #1c3764ec
 @dataclass(frozen=True)
@@ -229,7 +230,7 @@ def fit(
         raise ValueError(f"fabric runs in {given}, the recipe wants {config.precision}")
     if stop is not None and validate is None: raise ValueError("early stopping needs validate")
     state = {"config": dataclasses.asdict(config), "stop": stop and dataclasses.asdict(stop), "about": about, "version": musicssl.__version__,
-             "batches": batches.state() if isinstance(batches, Loader) else None}
+             "batches": batches.state() if isinstance(batches, Loader) else None, "encoder": describe(getattr(objective, "encoder", None), "encoder.")}
     run, training = _Run(objective, batches, config, Path(folder), fabric, validate, stop, state), objective.training
     with ExitStack() as stack:
         devices.on_rank_zero(fabric, lambda: stack.enter_context(files.lock(run.folder / ".lock")) and None)

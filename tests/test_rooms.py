@@ -14,12 +14,12 @@ ORDER = ["settings", "files", "compat", "audio",
          "data.captions", "data.notes", "data.folder", "data.shards", "data.loader",
          "augment.base", "augment.linear", "augment.pitch", "augment.distortions", "augment.mixture", "augment.clmr",
          "encoders.base", "encoders.samplecnn", "encoders.handmade", "objectives.clmr", "objectives.supervised",
-         "optim", "devices", "checkpoint", "meter", "update", "train", "zoo",
+         "optim", "devices", "checkpoint", "zoo", "meter", "update", "train",
          "probe.metrics", "probe.intervals", "probe.frozen", "probe.logistic", "probe.readouts", "probe.beats", "probe.tasks", "probe.finetune",
          "probe.robustness", "records", "report", "evaluate",
          "experiments.scorebox", "experiments.clmr", "cluster", "reproduce"]
 # Rooms that know no paper: no network, objective or experiment may enter, only the contract of an encoder.
-PAPERLESS = {"optim", "devices", "checkpoint", "meter", "update", "train", "records", "report",
+PAPERLESS = {"optim", "devices", "checkpoint", "zoo", "meter", "update", "train", "records", "report",
              *(f"probe.{room}" for room in ("metrics", "intervals", "frozen", "logistic", "readouts", "beats", "tasks", "finetune", "robustness"))}
 # Rooms for reading and drawing; everything else is for training and stays light.
 DRAWING = {"report", "reproduce"}
