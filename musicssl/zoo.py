@@ -8,7 +8,6 @@ __all__ = ['ENCODERS', 'new_encoder', 'describe', 'save_encoder', 'check_encoder
 # %% ../nbs/78_zoo.ipynb #fc0416d6
 import importlib
 import importlib.util
-import inspect
 from pathlib import Path
 
 import torch
@@ -23,6 +22,7 @@ ENCODERS = { # name: where the class lives
     "mfcc": "musicssl.encoders.handmade.MFCC",
     "chroma": "musicssl.encoders.handmade.Chroma",
     "logmel": "musicssl.encoders.handmade.LogMel",
+    "cqt": "musicssl.encoders.handmade.CQT",
 }
 
 def _class(name: str) -> type:
@@ -50,7 +50,7 @@ def describe(
     kind = type(encoder)
     names = [name for name, path in ENCODERS.items() if path == f"{kind.__module__}.{kind.__qualname__}"]
     if not names: return None
-    return {"name": names[0], "settings": {name: getattr(encoder, name) for name in inspect.signature(kind).parameters}, "prefix": prefix}
+    return {"name": names[0], "settings": encoder.settings, "prefix": prefix}
 
 def save_encoder(
     path: str | Path, # ends in .safetensors

@@ -59,7 +59,8 @@ class SampleCNN(nn.Module, Presets):
         super().__init__()
         _check(strides, width, init)
         channels = [int(c * width) for c in _channels]
-        self.strides, self.width, self.init, self.sample_rate, self.dim = tuple(strides), width, init, sample_rate, channels[-1]
+        self.settings = dict(strides=tuple(strides), sample_rate=sample_rate, width=width, init=init)
+        self.strides, self.width, self.sample_rate, self.dim = tuple(strides), width, sample_rate, channels[-1]
         self.hop = self.n_samples = 3 * math.prod(strides)
         middle = [_block(i, o, kernel=s, pool=s) for i, o, s in zip(channels, channels[1:], strides)]
         self.blocks = nn.Sequential(_block(1, channels[0], kernel=3, stride=3, padding=0), *middle, _block(channels[9], channels[10], kernel=3))
