@@ -84,17 +84,30 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "lars": LARS, "lars_published": partial(LARS, published=True)}
 
 
+def _groups(module: nn.Module, lr: float) -> list:
+    """What is trained: parameters, or a group of them for each factor; of parts within parts the innermost counts."""
+    trained, factors = [(name, p) for name, p in module.named_parameters() if p.requires_grad], getattr(module, "lr_factors", {})
+    if not factors: return [p for _, p in trained]
+    if strange := set(factors) - {name for name, _ in module.named_modules()}:
+        raise ValueError(f"got lr_factors of {sorted(strange)}, wanted names of submodules of {type(module).__name__}")
+    groups: dict[float, list] = {}
+    for name, p in trained:
+        around = [part for part in factors if name.startswith(f"{part}.")]
+        groups.setdefault(factors[max(around, key=len)] if around else 1., []).append(p)
+    return [{"params": params, "lr": lr * factor, "lr_factor": factor} for factor, params in groups.items()]
+
+
 def new_optimizer(
     name: str, # a name in `OPTIMIZERS`
     module: nn.Module, # whose parameters are trained, already on their device; those that want no gradient are left out
     lr: float, # learning rate, above 0
     weight_decay: float = 0., # L2 term of adam, sgd and lars, decoupled decay of adamw
-) -> torch.optim.Optimizer: # over one group
-    """Make an optimiser. Raises: `ValueError` for an unknown name."""
+) -> torch.optim.Optimizer: # over one group, or one for each factor of `module.lr_factors`, which it notes as "lr_factor"
+    """Make an optimiser. Raises: `ValueError` for an unknown name, or factors of parts there are not."""
     if name not in OPTIMIZERS: raise ValueError(f"got optimizer {name!r}, wanted one of {', '.join(OPTIMIZERS)}")
-    trained = [p for p in module.parameters() if p.requires_grad]
-    fused = {"fused": True} if name in ("adam", "adamw") and {p.device.type for p in trained} == {"cuda"} else {}
-    return OPTIMIZERS[name](trained, lr=lr, weight_decay=weight_decay, **fused)
+    devices = {p.device.type for p in module.parameters() if p.requires_grad}
+    fused = {"fused": True} if name in ("adam", "adamw") and devices == {"cuda"} else {}
+    return OPTIMIZERS[name](_groups(module, lr), lr=lr, weight_decay=weight_decay, **fused)
 
 # %% ../nbs/70_optim.ipynb #cd140bb9
 SCHEDULES = ("constant", "linear", "cosine")

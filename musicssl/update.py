@@ -127,7 +127,7 @@ def update(
         optimizer.zero_grad()
         raise Diverged(why, row, {"step": step + 1, "batches": list(numbers), "seed": config.seed, "clips": ids})
     if config.clip_norm is not None and not overflow: torch.nn.utils.clip_grads_with_norm_(model.parameters(), config.clip_norm, norm)
-    for group in optimizer.param_groups: group["lr"] = row["lr"]
+    for group in optimizer.param_groups: group["lr"] = row["lr"] * group.get("lr_factor", 1.)
     optimizer.step()                                         # float16: leaves the weights alone where a gradient overflowed
     optimizer.zero_grad()
     return {**row, "overflow": 1} if overflow else row

@@ -284,6 +284,57 @@ def test_unknown_names():
     with pytest.raises(ValueError, match="got schedule 'sine', wanted one of constant, linear, cosine"): lr_at(0, 10, 1., schedule="sine")
 
 
+# Parts that learn at speeds of their own
+
+def two_speeds(**factors):
+    model = nn.Module()
+    model.body, model.head, model.lr_factors = network(), nn.Linear(3, 2).double(), factors
+    return model
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_without_factors_there_is_one_group_in_the_old_order(name):
+    for model in (network(), two_speeds()):
+        (group,) = new_optimizer(name, model, 1e-2).param_groups
+        assert [id(p) for p in group["params"]] == [id(p) for p in model.parameters()] and "lr_factor" not in group
+
+
+def steps_of(factors, n=3):
+    """How far body and head move by plain gradient descent on gradients of one."""
+    model = two_speeds(**factors)
+    before, optimizer = weights(model), new_optimizer("sgd", model, .1)
+    for _ in range(n):
+        for p in model.parameters(): p.grad = torch.ones_like(p)
+        optimizer.step()
+    return {name: float((old - new).mean()) for (name, new), old in zip(model.named_parameters(), before)}
+
+
+def check_speeds(steps_of):
+    assert_close(steps_of({}), {name: .3 for name, _ in two_speeds().named_parameters()})
+    assert_close(steps_of({"body": .05}), {name: .015 if name.startswith("body.") else .3 for name, _ in two_speeds().named_parameters()})
+    innermost = steps_of({"body": .05, "body.4": .5})
+    assert_close(innermost, {name: .15 if name.startswith("body.4.") else .015 if name.startswith("body.") else .3 for name in innermost})
+
+
+def test_every_part_moves_at_its_speed():
+    check_speeds(steps_of)
+
+
+@pytest.mark.parametrize("mutant", [lambda factors: steps_of({}), lambda factors: steps_of(dict(list(factors.items())[:1])),
+                                    lambda factors: steps_of({"head": factors["body"]} if factors else {})],
+                         ids=["factors not read", "only the outer part", "the other part"])
+def test_the_speeds_notice(mutant):
+    with pytest.raises(AssertionError): check_speeds(mutant)
+
+
+def test_frozen_parts_are_in_no_group_and_strangers_are_refused():
+    model = two_speeds(body=.05)
+    model.body.requires_grad_(False)
+    (group,) = new_optimizer("adamw", model, 1e-2).param_groups
+    assert group["lr_factor"] == 1 and len(group["params"]) == 2
+    with pytest.raises(ValueError, match=r"got lr_factors of \['boby'\], wanted names of submodules"): new_optimizer("adam", two_speeds(boby=.1), 1e-2)
+
+
 # Schedules
 
 def before_this_room(step, steps, lr, warmup_steps, schedule):
