@@ -26,18 +26,21 @@ from .metrics import KINDS, METRICS, score
 # %% ../../nbs/88_finetune.ipynb #857d5e89
 _LISTS = nn.Sequential, nn.ModuleList
 
+def _with_weights(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [(name, child) for name, child in module.named_children() if any(True for _ in child.parameters())]
+
 
 def stages(
     encoder: nn.Module, # any; its submodules are registered in the order in which sound meets them
 ) -> list[str]: # names of submodules, from the sound to the answer; only those with weights
     """What one counts when one says: the last two layers."""
     inside, around = encoder, ""
-    while len(found := [(name, child) for name, child in inside.named_children() if any(True for _ in child.parameters())]) == 1:
-        around, inside = f"{around}{found[0][0]}.", found[0][1]
+    while len(found := _with_weights(inside)) == 1: around, inside = f"{around}{found[0][0]}.", found[0][1]
     named = []
     for name, child in found:
-        blocks = child.named_children() if isinstance(child, _LISTS) and not isinstance(inside, _LISTS) else ()
-        named += [f"{around}{name}.{block}" for block, _ in blocks] or [f"{around}{name}"]
+        blocks = _with_weights(child) if isinstance(child, _LISTS) and not isinstance(inside, _LISTS) else []
+        in_blocks = any(_with_weights(block) for _, block in blocks)
+        named += [f"{around}{name}.{block}" for block, _ in blocks] if in_blocks else [f"{around}{name}"]
     return named or [around.rstrip(".")]
 
 # %% ../../nbs/88_finetune.ipynb #dd91c901
