@@ -22,6 +22,7 @@ from ..encoders.base import Encoder, check_sample_rate
 from ..files import fingerprint
 from .frozen import n_segments
 from .metrics import KINDS, METRICS, score
+from .readouts import aggregate
 
 # %% ../../nbs/88_finetune.ipynb #857d5e89
 _LISTS = nn.Sequential, nn.ModuleList
@@ -133,35 +134,30 @@ class FineTune(nn.Module):
         return {"loss": _LOSSES[self.kind](raw, wanted)}
 
 # %% ../../nbs/88_finetune.ipynb #c7004999
-def _of_windows(objective: FineTune, raw: Tensor) -> np.ndarray:
-    """(S, C) of one clip's windows -> its answer: (C,), or () for a tempo."""
-    if objective.kind in ("number", "tempo"):
-        mean = (raw * objective.spread + objective.centre).double().mean(0)
-        return (2 ** mean[0] if objective.kind == "tempo" else mean).cpu().numpy()
-    return (raw.double().sigmoid() if objective.kind == "tags" else raw.double().softmax(1)).mean(0).cpu().numpy()
-
-
 @torch.no_grad()
 def answer(
     objective: FineTune, # its mode is given back
     corpus: Any, # has .wave(ids) and .sample_rate
     ids: Sequence[int], # clips
+    rule: str = "", # from windows to clips, in `readouts.RULES`; the first of the kind by default
     batch: int = 64, # windows per forward pass, of clips that need not be equally long
-) -> np.ndarray: # (n, C) probabilities or numbers; (n,) BPM
+) -> np.ndarray: # (n, C) scores or numbers; (n,) BPM
     """Answer for every clip. Raises: `ValueError` for sound at another rate than the encoder's, or a clip shorter than a window."""
     check_sample_rate(objective.encoder, corpus.sample_rate)
-    training, where, answers, waiting = objective.training, objective.centre.device, [], []
+    training, where, waiting, counts, raw = objective.training, objective.centre.device, [], [], []
     objective.eval()
     for number, i in enumerate(np.asarray(ids).tolist(), 1):
         wave = corpus.wave([i])[0]
         size = objective.n_samples or len(wave)
         waiting.append(wave[:n_segments(len(wave), size) * size].reshape(-1, size))
+        counts.append(len(waiting[-1]))
         if objective.n_samples and sum(map(len, waiting)) < batch and number < len(ids): continue
-        raw = torch.cat([objective.raw(part.to(where)) for part in torch.cat(waiting).split(batch)])
-        answers += [_of_windows(objective, windows) for windows in raw.split([len(windows) for windows in waiting])]
+        raw += [objective.raw(part.to(where)).cpu() for part in torch.cat(waiting).split(batch)]
         waiting = []
     objective.train(training)
-    return np.stack(answers)
+    found = aggregate(torch.cat(raw), np.repeat(np.arange(len(counts)), counts), len(counts), objective.kind, rule)
+    if objective.kind in ("number", "tempo"): found = found * objective.spread.double().cpu().numpy() + objective.centre.double().cpu().numpy()
+    return 2 ** found[:, 0] if objective.kind == "tempo" else found
 
 # %% ../../nbs/88_finetune.ipynb #210fcd6b
 def fine_tune(
