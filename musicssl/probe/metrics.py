@@ -22,7 +22,8 @@ def _finite(what: str, values: np.ndarray) -> np.ndarray:
     values = np.asarray(values, dtype=np.float64)
     bad = np.argwhere(~np.isfinite(values))
     if len(bad):
-        raise ValueError(f"{len(bad)} of {values.size} values of the {what} are not finite: {values[tuple(bad[0])]} in track {bad[0][0]} is the first")
+        first = f"{values[tuple(bad[0])]} in track {bad[0][0]}"
+        raise ValueError(f"{len(bad)} of {values.size} values of the {what} are not finite: {first} is the first")
     return values
 
 
@@ -311,8 +312,8 @@ def per_track(
 ) -> np.ndarray | None: # (n,) values whose mean is the score, NaN for a track that is left out; None for other metrics
     """The tracks' own values, for metrics that are means over tracks. Raises `ValueError` as `score` does."""
     if name not in METRICS: raise ValueError(f"got metric {name!r}, wanted one of {', '.join(METRICS)}")
-    each = METRICS[name].each
-    return None if each is None else each(*check(METRICS[name].kinds[0], truth, answer))
+    truth, answer = check(METRICS[name].kinds[0], truth, answer)
+    return METRICS[name].each and METRICS[name].each(truth, answer)
 
 # %% ../../nbs/81_metrics.ipynb #1dd13707
 def best_thresholds(
