@@ -172,7 +172,7 @@ class FittedBeats:
 # %% ../../nbs/86_beats.ipynb #eea712a3
 def _wanted(corpus: Any, ids: Sequence[int], frames: list[Tensor], rate: float) -> Tensor: # (frames of all clips, 2)
     both = [(corpus.beat_times(i), BEAT, corpus.labels[i]["downbeats"], DOWNBEAT) for i in ids]
-    rows = [np.stack([frame_targets(b, one.shape[1], rate, w), frame_targets(d, one.shape[1], rate, v)], 1) for (b, w, d, v), one in zip(both, frames)]
+    rows = [np.stack([frame_targets(b, f.shape[1], rate, w), frame_targets(d, f.shape[1], rate, v)], 1) for (b, w, d, v), f in zip(both, frames)]
     return torch.from_numpy(np.concatenate(rows))
 
 def _epoch(head: BeatHead, x: Tensor, y: Tensor, optimiser: torch.optim.Optimizer, batch: int) -> float:
