@@ -277,6 +277,11 @@ def _width(kind: str, n_classes: int | None, *labels: np.ndarray) -> int: # C
     return 1 if kind == "tempo" else np.shape(labels[0])[-1]
 
 
+def _check_metric(name: str, kind: str) -> None:
+    fitting = [metric.name for metric in METRICS.values() if kind in metric.kinds]
+    if name not in (*fitting, "loss"): raise ValueError(f"got metric {name!r} for {kind}, wanted one of {', '.join(fitting)}")
+
+
 def _targets(y: np.ndarray, kind: str, n: int, width: int) -> Tensor: # (n,) classes, else (n, C) float
     y = np.asarray(y)
     check(kind, y, np.zeros((n, width) if kind in ("class", "key") else (n, *y.shape[1:])))
@@ -289,9 +294,10 @@ def _tracks(outputs: Tensor, features: Features, kind: str, rule: str) -> np.nda
     return 2 ** answer[:, 0] if kind == "tempo" else answer
 
 
-def _moments(x: Tensor) -> tuple[Tensor, Tensor]: # mean and deviation of the rows; 1 where nothing varies
-    std = x.std(0, unbiased=False)
-    return x.mean(0), torch.where(std < 1e-8, 1., std)
+def _moments(x: Tensor) -> tuple[Tensor, Tensor]: # (R, ...) -> mean and deviation of the rows; 1 where nothing varies
+    if x.ndim == 3: return tuple(map(torch.stack, zip(*map(_moments, x.unbind(1)))))
+    std, mean = torch.std_mean(x.double(), 0, correction=0)
+    return mean.float(), torch.where(std < 1e-8, 1., std).float()
 
 # %% ../../nbs/85_readouts.ipynb #016f8f4a
 @dataclass
@@ -350,7 +356,7 @@ def _look(fitted: Fitted, x: Tensor, targets: Tensor, features: Features, y: np.
 
 # %% ../../nbs/85_readouts.ipynb #53232f66
 def _descend(fitted: Fitted, x: Tensor, targets: Tensor, valid: tuple) -> Fitted:
-    how, net, kept, waited, losses = fitted.how, fitted.net.train(), {"cost": math.inf}, 0, []
+    how, net, kept, waited, losses = fitted.how, fitted.net.train(), {"cost": math.inf, "valid_loss": math.inf}, 0, []
     optimiser = torch.optim.Adam(net.parameters(), lr=how.lr, weight_decay=how.weight_decay, fused=True)
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimiser, factor=how.factor, patience=how.plateau or how.patience, threshold=0.)
     for step, rows, look in _steps(len(x), how):
@@ -364,7 +370,8 @@ def _descend(fitted: Fitted, x: Tensor, targets: Tensor, valid: tuple) -> Fitted
         fitted.history.append(row)
         plateau.step(row["cost"])
         losses, waited = [], 0 if row["cost"] < kept["cost"] else waited + 1
-        if not waited: kept = {**row, "state": {name: value.clone() for name, value in net.state_dict().items()}}
+        if (row["cost"], row["valid_loss"]) < (kept["cost"], kept["valid_loss"]):
+            kept = {**row, "state": {name: value.clone() for name, value in net.state_dict().items()}}
         fitted.converged = waited >= how.patience
         if fitted.converged: break
     net.load_state_dict(kept["state"])
@@ -390,6 +397,7 @@ def fit_readout(
     if both := set(np.asarray(train.ids).tolist()) & set(np.asarray(valid.ids).tolist()):
         raise ValueError(f"{len(both)} tracks are in training and in validation, e.g. {min(both)}: wanted none")
     width = _width(kind, n_classes, y, y_valid)
+    _check_metric(metric or how.watched(kind), kind)
     t, t_valid = _targets(y, kind, len(train), width), _targets(y_valid, kind, len(valid), width)
     x, x_valid = _rows(train, how.layer), _rows(valid, how.layer)
     with torch.random.fork_rng(devices=[]):
@@ -472,6 +480,7 @@ def search(
     """Fit every setting, choose by validation. Raises: `ValueError` when the grid is empty, `FloatingPointError` when all settings diverge."""
     if not grid: raise ValueError("got an empty grid, wanted one setting at least")
     name, rows, best = metric or KINDS[kind][0], [], None
+    _check_metric(name, kind)
     sign = 1 if METRICS[name].higher_is_better else -1
     for how in grid:
         row = {**asdict(how), "monitor": metric or how.watched(kind), "aggregate": how.rule(kind), "metric": name, "valid": math.nan, "chosen": False}
