@@ -39,7 +39,7 @@ lab: $(READY)
 	$(BIN)/jupyter lab nbs
 
 bench: $(READY)
-	for room in data features augment train; do $(BIN)/python benchmarks/$$room.py $(if $(QUICK),--quick) || exit 1; done
+	for room in data features augment train probe; do $(BIN)/python benchmarks/$$room.py $(if $(QUICK),--quick) || exit 1; done
 
 gpu-check: $(READY)
 	$(BIN)/python -m pytest -m gpu tests

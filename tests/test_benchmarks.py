@@ -1,4 +1,4 @@
-"""The benchmarks of data and training step run, print what the targets ask for, and refuse to time what does not agree. No time is asserted."""
+"""The benchmarks of data, training step and probe run, print what the targets ask for, and refuse to time what does not agree. No time is asserted."""
 import json
 import os
 import subprocess
@@ -15,6 +15,7 @@ sys.path.insert(0, str(FOLDER))
 
 import data
 import paired
+import probe
 import train
 from musicssl.data.store import Store
 
@@ -283,6 +284,68 @@ def test_memory_while_writing_is_seen(monkeypatch):
         return {"gathered": save}
     monkeypatch.setattr(train, "savers", gathered)
     assert train.beyond_the_state("gathered", 64) > .9
+
+
+# The probe
+
+READING = ["--size", "test", "--json", "--only"]
+
+
+def test_the_benchmark_of_the_probe_as_json(capsys):
+    probe.main([*READING, "P18", "P19"])
+    found = json.loads(capsys.readouterr().out)
+    targets = lambda id: sorted(row["at_least"] or row["at_most"] for row in found[id]["rows"] if row["at_least"] or row["at_most"])
+    assert list(found) == ["P18", "P19"] and targets("P18") == [4., 4.] and targets("P19") == [.2, .2, 5.]
+    assert all("agreed" in row["note"] for id in found for row in found[id]["rows"])
+    assert all("loop of 4, times 5" in row["what"] for row in found["P19"]["rows"][1:]), "what is extrapolated is said"
+
+
+def a_hasty_probe(monkeypatch): monkeypatch.setattr(probe, "all_tags", lambda x, y, right=probe.all_tags: right(x, y, tolerance=.1))
+
+
+def a_probe_that_knows_no_thresholds(monkeypatch):
+    monkeypatch.setattr(probe, "ours", lambda x, y, right=probe.ours: (right(x, y)[0], np.zeros(y.shape[1])))
+
+
+def scores_without_ties(monkeypatch):
+    apart = lambda s: s + 1e-9 * np.arange(len(s))[:, None]
+    monkeypatch.setattr(probe, "tagging_scores", lambda y, s, right=probe.tagging_scores: right(y, apart(s)))
+
+
+def other_resamples(monkeypatch):
+    monkeypatch.setattr(probe, "bootstrap", lambda *given, right=probe.bootstrap: right(*given, seed=1))
+
+
+MISREAD = [("P18", a_hasty_probe, "above scikit-learn's"), ("P18", a_probe_that_knows_no_thresholds, "above scikit-learn's"),
+           ("P19", scores_without_ties, "^scores: .* away"), ("P19", other_resamples, "^roc_auc, resampled: .* away")]
+
+
+@pytest.mark.parametrize("id, fault, words", MISREAD)
+def test_a_probe_that_disagrees_is_not_timed(id, fault, words, monkeypatch):
+    """The mutation: agreement removed. The wrong one is then timed."""
+    class Timed(Exception): pass
+    def timed(works, rounds):
+        if fault is not other_resamples or len(calls) == 1: raise Timed
+        calls.append(works)
+        return {name: [1.] for name in works}
+    calls = []
+    fault(monkeypatch)
+    monkeypatch.setattr(probe, "paired", timed)
+    with pytest.raises(paired.Disagreement, match=words): probe.main([*READING, id])
+    calls.clear()
+    monkeypatch.setattr(probe, "agree", lambda *given: "")
+    monkeypatch.setattr(probe, "equal", lambda *given: None)
+    with pytest.raises(Timed): probe.main([*READING, id])
+
+
+def test_the_minimum_is_found_from_anywhere_near():
+    x, y = probe.tagged(*probe.SIZES["test"].probe, "mixed")
+    found = probe.ours(x, y)
+    near, far = (probe.objectives(x, y, probe.newton(x, y, start)) for start in (found, tuple(.9 * part for part in found)))
+    np.testing.assert_allclose(near, far, rtol=1e-9)
+    least = near
+    with pytest.raises(paired.Disagreement, match="above Newton's, wanted 1e-4"): probe.agree("it", least * 1.001, least * 1.01, least)
+    assert probe.agree("it", least, least * 1.01, least).startswith("agreed")
 
 
 # Rounds

@@ -66,43 +66,57 @@ class TagWeights:
     steps: int # gradients computed
     gap: Tensor # (C,) how far above its minimum an objective is at most, as a share of its value
 
+
+def _at(u: Tensor, w: Tensor, C: float) -> tuple[Tensor, Tensor]:
+    """Probability of the wrong answer (C, R) and objective (C,). u: logits of the wrong answer; w: weights, the threshold last."""
+    wrong = u.sigmoid()
+    loss = wrong.clamp(max=1 - 1e-6).neg_().log1p_().neg_()            # log(1 + e^u), several times as fast as torch's own
+    torch.maximum(loss, u, out=loss)
+    return wrong, w[:, :-1].square().sum(1) / 2 + C * loss.sum(1)
+
 # %% ../../nbs/84_logistic.ipynb #b8701096
-def _descend(x: Tensor, gram: Tensor, y: Tensor, C: float, tolerance: float, most: int) -> TagWeights:
-    """Accelerated steps of the shared bound until every tag is close enough. x is centred; y: (C, R)."""
-    ridge = torch.eye(len(gram), dtype=torch.float64, device=x.device)
-    factor = torch.linalg.cholesky(C / 4 * gram.double() + ridge).to(x.dtype)
-    w, b = x.new_zeros(len(y), x.shape[1]), torch.logit(y.mean(1))
-    v, c, t = w, b, torch.ones_like(b)
+def _descend(x: Tensor, gram: Tensor, y: Tensor, C: float, tolerance: float, most: int) -> tuple[Tensor, int, Tensor]:
+    """Weights (C, D + 1), steps and gaps. x: (R, D + 1), centred, then a column of ones; y: (C, R)."""
+    penalised, tiny = torch.ones_like(gram[0]), torch.finfo(x.dtype).tiny
+    penalised[-1] = 0
+    factor = torch.linalg.cholesky(C / 4 * gram.double() + penalised.double().diag()).to(x.dtype)
+    sign, w = 1 - 2 * y, x.new_zeros(len(y), x.shape[1])
+    w[:, -1] = torch.logit(y.mean(1))
+    u, d, last, length = sign * w[:, -1:], torch.zeros_like(w), torch.zeros_like(w), x.new_ones(len(y))
+    wrong, value = _at(u, w, C)
     for step in range(1, most + 1):
-        off = torch.addmm(c[:, None], v, x.T).sigmoid_().sub_(y)       # (C, R) probability minus truth
-        g, g_b = v + C * (off @ x), C * off.sum(1)
-        if step % 5 == 0 or step == most:
-            wrong = off.abs_().clamp_(max=1 - 1e-6)
-            value = v.square().sum(1) / 2 - C * torch.log1p(-wrong).sum(1)
-            curved = C * (wrong - wrong.square()).sum(1).clamp(min=torch.finfo(x.dtype).tiny)
-            gap = (g.square().sum(1) + g_b.square() / curved) / (2 * value)
-            if (gap <= tolerance).all(): break
-        to, to_b = v - torch.cholesky_solve(g.T, factor).T, c - 4 * g_b / (C * len(x))
-        uphill = (g * (to - w)).sum(1) + g_b * (to_b - b) > 0
-        t = torch.where(uphill, 1., t)
-        after = (1 + (1 + 4 * t.square()).sqrt()) / 2
-        ahead = (t - 1) / after
-        v, c = to + ahead[:, None] * (to - w), to_b + ahead * (to_b - b)
-        w, b, t = to, to_b, after
-    return TagWeights(C, v, c, step, gap)
+        g, doubt = penalised * w + C * ((sign * wrong) @ x), wrong - wrong.square()
+        gap = (g[:, :-1].square().sum(1) + g[:, -1].square() / (C * doubt.sum(1)).clamp(min=tiny)) / (2 * value)
+        if (gap <= tolerance).all(): break
+        s = torch.cholesky_solve(g.T, factor).T
+        d = (((g - last) * s).sum(1) / length).clamp(min=0)[:, None] * d - s
+        last, length = g, (g * s).sum(1).clamp(min=tiny)
+        ahead = sign * (d @ x.T)
+        squared = ahead.square()
+        newton, sure = (-(g * d).sum(1) / ((penalised * d * d).sum(1) + C * bent).clamp(min=tiny)
+                        for bent in (torch.linalg.vecdot(doubt, squared), squared.sum(1) / 4))
+        moved = lambda far: (torch.addcmul(u, far[:, None], ahead), torch.addcmul(w, far[:, None], d))
+        there = moved(newton)
+        wrong, after = _at(*there, C)
+        rose = ~(after <= value * (1 + 1e-6))
+        if rose.any():
+            there = moved(torch.where(rose, sure, newton))
+            wrong, after = _at(*there, C)
+        (u, w), value = there, after
+    return w, step, gap
 
 # %% ../../nbs/84_logistic.ipynb #a2ef76a0
 def all_tags(
     x: Tensor | np.ndarray, # (R, D) features, float32 or float64, which is also the precision of the fit
     y: Tensor | np.ndarray, # (R, C) 0 or 1
     C: Sequence[float] = (1.,), # inverse strengths of the L2 penalty, > 0
-    tolerance: float = 1e-6, # at most this far above the minimum, as a share of the objective, for every tag
-    most: int = 1000, # gradients per C
+    tolerance: float = 1e-7, # at most this far above the minimum, as a share of the objective, for every tag
+    most: int = 1000, # gradients per C; with a large C, rounding may ask for double precision instead
 ) -> list[TagWeights]: # one per C, in their order
     """Logistic regression of all tags at once, for several penalties, without standardising.
 
     Raises: `ValueError` for shapes, features, labels or C out of range; warns when `most` gradients do not suffice.
-    Source: Böhning and Lindsay 1988; Böhning 1992; O'Donoghue and Candès 2015.
+    Source: Böhning and Lindsay 1988; Böhning 1992; Polak and Ribière 1969.
     """
     x, y = torch.as_tensor(x), torch.as_tensor(y)
     if x.ndim != 2 or y.ndim != 2 or len(x) != len(y) or not len(x):
@@ -112,13 +126,14 @@ def all_tags(
     if not all(c > 0 for c in C): raise ValueError(f"got C = {list(C)}, wanted values above 0")
     y = y.T.to(x.dtype).contiguous()
     mean, rate = x.mean(0), y.mean(1)
-    both, x = (rate > 0) & (rate < 1), x - mean
-    gram, found = x.T @ x, []
+    both, centred = (rate > 0) & (rate < 1), torch.cat([x - mean, torch.ones_like(x[:, :1])], 1)
+    gram, found = centred.T @ centred, []
     for c in C:
-        part, weight, bias, gap = _descend(x, gram, y[both], c, tolerance, most), x.new_zeros(len(y), x.shape[1]), torch.logit(rate), rate * 0
-        weight[both], bias[both], gap[both] = part.weight, part.bias - part.weight @ mean, part.gap
+        weight, bias, gap = x.new_zeros(len(y), x.shape[1]), torch.logit(rate), torch.zeros_like(rate)
+        w, steps, gap[both] = _descend(centred, gram, y[both], c, tolerance, most)
+        weight[both], bias[both] = w[:, :-1], w[:, -1] - w[:, :-1] @ mean
         if not (gap <= tolerance).all(): warnings.warn(f"C = {c:g}: after {most} gradients still up to {gap.max():.0e} above the minimum")
-        found.append(TagWeights(c, weight, bias, part.steps, gap))
+        found.append(TagWeights(c, weight, bias, steps, gap))
     return found
 
 # %% ../../nbs/84_logistic.ipynb #ad5e70a1
@@ -145,7 +160,7 @@ def fit_multi_logistic(
     labels: np.ndarray, # (n, C) 0 or 1
     valid: tuple[np.ndarray, np.ndarray] | None = None, # the same two for the validation clips
     C: float | Sequence[float] = (.001, .01, .1, 1.), # candidates; one value needs no validation
-    tolerance: float = 1e-6, # see `all_tags`
+    tolerance: float = 1e-7, # see `all_tags`
 ) -> MultiLogistic: # .C is the value chosen, .tags its weights, .scores(features) gives (n, C)
     """`fit_logistic` for all tags at once: the same minimum, several times as fast. Raises `ValueError` for many C and no `valid`."""
     candidates = [C] if isinstance(C, (int, float)) else list(C)
