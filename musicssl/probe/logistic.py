@@ -87,7 +87,7 @@ def _descend(x: Tensor, gram: Tensor, y: Tensor, C: float, tolerance: float, mos
     for step in range(1, most + 1):
         g, doubt = penalised * w + C * ((sign * wrong) @ x), wrong - wrong.square()
         gap = (g[:, :-1].square().sum(1) + g[:, -1].square() / (C * doubt.sum(1)).clamp(min=tiny)) / (2 * value)
-        if (gap <= tolerance).all(): break
+        if (gap <= tolerance).all() or step == most: break
         s = torch.cholesky_solve(g.T, factor).T
         d = (((g - last) * s).sum(1) / length).clamp(min=0)[:, None] * d - s
         last, length = g, (g * s).sum(1).clamp(min=tiny)
