@@ -14,8 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from ..audio import resample
 from ..augment import Filter, Gain, Noise, PitchShift, fold_in, stretch
 from ..data.loader import seed_of
 from ..files import fingerprint
@@ -51,7 +53,7 @@ def _tempo(wave: Tensor, percent: float, sample_rate: int, seeds: Tensor) -> Ten
     return torch.cat([stretch(row[None], _rows(rate, row[None]), length, _window(sample_rate)) for row in loop]).to(wave.dtype)
 
 # %% ../../nbs/89_robustness.ipynb #c0c4a772
-_MU, _BAND = 255, (300., 3400.)
+_MU, _LINE, _BAND = 255, 8000, (300., 3400.)                 # Hz
 
 def quantise(
     wave: Tensor, # (…, T) float; what exceeds [-1, 1] is clipped
@@ -65,8 +67,9 @@ def quantise(
 
 def _telephone(wave: Tensor, bits: float, sample_rate: int, seeds: Tensor) -> Tensor:
     low, high = _BAND
-    band = _filtered(_filtered(wave, low, sample_rate, highpass=True), high, sample_rate)
-    return _filtered(quantise(band, int(bits)), high, sample_rate)
+    band = _filtered(_filtered(resample(wave, sample_rate, _LINE), low, _LINE, highpass=True), high, _LINE)
+    heard = resample(_filtered(quantise(band, int(bits)), high, _LINE), _LINE, sample_rate)
+    return F.pad(heard, (0, wave.shape[1] - heard.shape[1]))                        # cuts a sample where rounding made one too many
 
 # %% ../../nbs/89_robustness.ipynb #7b580b33
 def kept(
