@@ -70,14 +70,20 @@ def freeze(
     return [name for name, p in encoder.named_parameters() if p.requires_grad]
 
 # %% ../../nbs/88_finetune.ipynb #6385e46f
-_LOSSES = {"tags": F.binary_cross_entropy_with_logits, "class": F.cross_entropy, "key": F.cross_entropy, "number": F.mse_loss, "tempo": F.mse_loss}
+_KINDS = "tags", "class", "key", "number", "tempo"
 
 
-def _wanted(kind: str, labels: Tensor) -> Tensor:
-    """Labels as the loss wants them: (B,) int64 of a class, else (B, C) float."""
-    if kind in ("class", "key"): return labels.reshape(len(labels)).long()
-    labels = labels.reshape(len(labels), -1).float()
-    return labels.log2() if kind == "tempo" else labels
+def _numbers(kind: str, labels: Tensor) -> Tensor: # (B, C), a tempo in octaves
+    numbers = labels.reshape(len(labels), -1)
+    return numbers.log2() if kind == "tempo" else numbers
+
+
+def _loss(objective: "FineTune", raw: Tensor, labels: Tensor) -> Tensor:
+    if objective.kind in ("class", "key"): return F.cross_entropy(raw, labels.reshape(len(raw)).long())
+    wanted = _numbers(objective.kind, labels.float())
+    if raw.shape != wanted.shape: raise ValueError(f"got labels of shape {tuple(labels.shape)}, wanted {tuple(raw.shape)}")
+    if objective.kind == "tags": return F.binary_cross_entropy_with_logits(raw, wanted)
+    return F.mse_loss(raw, (wanted - objective.centre) / objective.spread)
 
 
 def _head(name: str, dim: int, n_outputs: int, dropout: float) -> nn.Sequential:
@@ -104,7 +110,7 @@ class FineTune(nn.Module):
         encoder_lr: float = .05, # of the encoder, as a multiple of the head's rate
     ):
         super().__init__()
-        if kind not in _LOSSES: raise ValueError(f"got kind {kind!r}, wanted one of {', '.join(_LOSSES)}")
+        if kind not in _KINDS: raise ValueError(f"got kind {kind!r}, wanted one of {', '.join(_KINDS)}")
         self.encoder, self.kind, self.pool = encoder, kind, pool
         self.head, self.lr_factors = _head(head, encoder.dim, n_outputs, dropout), {"encoder": encoder_lr}
         self.n_samples = n_samples or getattr(encoder, "n_samples", None)
@@ -127,11 +133,7 @@ class FineTune(nn.Module):
         """Score the answers to one window of every clip."""
         for name in self.needs:
             if getattr(batch, name) is None: raise ValueError(f"FineTune needs batch.{name}, got None")
-        raw, wanted = self.raw(batch.wave), _wanted(self.kind, batch.labels)
-        if self.kind in ("number", "tempo"): wanted = (wanted - self.centre) / self.spread
-        if self.kind not in ("class", "key") and raw.shape != wanted.shape:
-            raise ValueError(f"got labels of shape {tuple(batch.labels.shape)}, wanted {tuple(raw.shape)}")
-        return {"loss": _LOSSES[self.kind](raw, wanted)}
+        return {"loss": _loss(self, self.raw(batch.wave), batch.labels)}
 
 # %% ../../nbs/88_finetune.ipynb #c7004999
 @torch.no_grad()
@@ -196,7 +198,7 @@ def _only(labels: np.ndarray, ids: np.ndarray) -> np.ndarray:
 
 
 def _standardise(objective: FineTune, labels: np.ndarray) -> None:
-    wanted = _wanted(objective.kind, torch.as_tensor(labels, dtype=torch.float64))
+    wanted = _numbers(objective.kind, torch.as_tensor(labels, dtype=torch.float64))
     spread = wanted.std(0, unbiased=False)
     objective.centre.copy_(wanted.mean(0))
     objective.spread.copy_(torch.where(spread < 1e-8, 1., spread))
