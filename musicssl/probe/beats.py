@@ -206,14 +206,17 @@ def fit_beats(
     lr: float = 1e-3, # of Adam, at first
     epochs: int = 100, # at most
     batch: int = 512, # frames
+    decoded: int = 48, # validation clips that are decoded after every epoch, spread evenly; decoding is what takes time
     standardise: bool = True, # features, with the training frames; False: as MARBLE
     device: str = "cpu", # where encoder and head run
 ) -> FittedBeats: # the epoch with the best beat F1 on the validation clips
     "Train a head on frozen frames. Source: MARBLE v1, beat tracking. Raises: `ValueError` as `frame_rate` and `check_sample_rate` do."
-    rate = frame_rate(encoder)
+    rate, valid_ids = frame_rate(encoder), np.asarray(valid_ids)
+    valid_ids = valid_ids[np.linspace(0, len(valid_ids) - 1, min(decoded, len(valid_ids))).round().astype(int)]
     frames, heard = (_frames(encoder, corpus, ids, layer, device) for ids in (train_ids, valid_ids))
-    y, y_valid = _wanted(corpus, train_ids, frames, rate), _wanted(corpus, valid_ids, heard, rate)
-    x, truth, best, since, history = torch.cat(frames, 1), [corpus.beat_times(i) for i in valid_ids], (-1., 0.), 0, []
+    y, y_valid = (_wanted(corpus, ids, read, rate) for ids, read in ((train_ids, frames), (valid_ids, heard)))
+    truth = [corpus.beat_times(i) for i in valid_ids]
+    x, best, since, history = torch.cat(frames, 1), (-1., 0.), 0, []
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         head = BeatHead(len(x), x.shape[-1]).to(device)
