@@ -19,6 +19,7 @@ from .encoders.base import Embedding, Encoder
 # %% ../nbs/78_zoo.ipynb #20e54918
 ENCODERS = { # name: where the class lives
     "samplecnn": "musicssl.encoders.samplecnn.SampleCNN",
+    "deaf": "musicssl.encoders.handmade.Deaf",
     "mfcc": "musicssl.encoders.handmade.MFCC",
     "chroma": "musicssl.encoders.handmade.Chroma",
     "logmel": "musicssl.encoders.handmade.LogMel",
