@@ -139,6 +139,7 @@ class _Asking:
 
     def _cannot(self, task: Task) -> str:
         rate, shortest = self.encoder.sample_rate / self.encoder.hop, getattr(self.encoder, "n_samples", 0) / self.encoder.sample_rate
+        if shortest > self.sounds.seconds: return f"hears {shortest:.1f} s at a time, a sound lasts {self.sounds.seconds:g} s"
         if task.kind == "beats" and rate < SLOWEST: return f"{rate:.1f} frames/s, beats need {SLOWEST:g}"
         if task.kind == "retrieval" and shortest > self.sounds.seconds / 2: return f"hears {shortest:.1f} s at a time, half a clip lasts {self.sounds.seconds / 2:g} s"
         return ""

@@ -16,9 +16,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import cluster, devices, files, records, settings
+from . import cluster, devices, files, records, settings, zoo
 from .cluster import experiment_of, fill_grid, record_folder, scratch_folder
 from .data import folder as audio_folder
+from .probe import frozen
 
 # %% ../nbs/92_reproduce.ipynb #da27cab1
 @dataclass(frozen=True)
@@ -171,6 +172,8 @@ def _parser() -> argparse.ArgumentParser:
     _train_parser(commands.add_parser("train", help="do a chapter's missing runs here, one after another; also under torchrun and srun"))
     _runs_parser(commands.add_parser("runs", help="look at or fill the grid of runs"))
     _data_parser(commands.add_parser("data", help="prepare a folder of audio; list, explain or check what there is"))
+    _encoder_parsers(commands.add_parser("evaluate", help="ask encoders everything and print the table"),
+                     commands.add_parser("embed", help="turn a folder of audio into features on disk"))
     return parser
 
 def _which_grid(parser: argparse.ArgumentParser, required: bool = False) -> None:
@@ -229,6 +232,34 @@ def _data(given: argparse.Namespace) -> int:
     return 0
 
 # %% ../nbs/92_reproduce.ipynb #26858342
+def _encoder_parsers(evaluate: argparse.ArgumentParser, embed: argparse.ArgumentParser) -> None:
+    for parser in (evaluate, embed):
+        parser.add_argument("--encoder", required=True, action="append" if parser is evaluate else "store", metavar="WHAT",
+                            help="a .safetensors file, a training run's folder, name[:preset] for untrained weights, module:function or file.py:function")
+    evaluate.add_argument("--tasks", default="scorebox", help="data sets or tasks, separated by commas, e.g. scorebox,notes.pitch; default: %(default)s")
+    evaluate.add_argument("--profile", help="a profile of settings.ini decides how large the data sets are; default: the one it names")
+    evaluate.add_argument("--seeds", type=int, default=1, metavar="N", help="of the read-outs, and of untrained weights; default: %(default)s")
+    evaluate.add_argument("--grid", default="short", help="read-outs that are tried: short or marble-v1; default: %(default)s")
+    evaluate.add_argument("--out", metavar="FILE.json", help="keep every answer, with FILE.npz beside it")
+    embed.add_argument("folder", help="any nesting, any format soundfile reads")
+    embed.add_argument("--out", metavar="DIR", help="where the features go; default: the cache")
+    embed.add_argument("--window", type=float, metavar="S", help="seconds per window; default: what the encoder was built for, else the whole file")
+
+def _evaluate(given: argparse.Namespace, profile: str) -> int:
+    from musicssl import evaluate
+    sizes, answers = cluster.experiment_of("floors").sizes(profile), {}
+    for what in given.encoder:
+        answers[what] = [answer for seed in range(given.seeds) for answer in evaluate.evaluate(
+            zoo.load_encoder(what, seed), given.tasks, sizes, seed, given.grid, devices.accelerator())]
+    print(evaluate.printed(answers, f"{profile}: {sizes.clips} clips of {sizes.seconds:g} s"))
+    if given.out: evaluate.save(given.out, answers)
+    return 0
+
+def _embed(given: argparse.Namespace) -> int:
+    print(frozen.embed_folder(given.folder, zoo.load_encoder(given.encoder), given.out, window=given.window, device=devices.accelerator()))
+    return 0
+
+# %% ../nbs/92_reproduce.ipynb #697b74ca
 def main(
     arguments: list[str] | None = None, # what follows `musicssl` on the command line; None: `sys.argv`
 ) -> int: # the exit status
@@ -236,9 +267,11 @@ def main(
     given = _parser().parse_args(arguments)
     try:
         if given.command == "data": return _data(given)
+        if given.command == "embed": return _embed(given)
         profile = given.profile or settings.default_profile()
         if given.command == "reproduce": return reproduce(profile, given.paper, given.fresh)
         settings.load(profile)
+        if given.command == "evaluate": return _evaluate(given, profile)
         with cluster.asked_to_end(): _runs(given, profile, [chapter.name for chapter in chapters(given.paper)])
     except ModuleNotFoundError as error:
         extra, what = ("submitit", "it") if error.name == "submitit" else ("nb", "what the notebooks need")
