@@ -2,12 +2,14 @@
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
 
+from musicssl import evaluate
 from musicssl.audio import Batch
 from musicssl.augment import clmr_chain, clmr_views
 from musicssl.data import loader as library
@@ -17,7 +19,10 @@ from musicssl.encoders.samplecnn import SampleCNN
 from musicssl.experiments import clmr
 from musicssl.features.cqt import CQT, ChromaCQT
 from musicssl.objectives.clmr import CLMR, nt_xent
+from musicssl.probe.frozen import read_features
+from musicssl.probe.tasks import Sizes
 from musicssl.train import TrainConfig, fit
+from musicssl.zoo import load_encoder
 
 sys.path.insert(0, str(Path(__file__).parent / "workers"))
 import curves  # noqa: E402
@@ -58,6 +63,23 @@ def test_encoder_equals_the_cpu():
     with torch.no_grad():
         expected = encoder(wave).clip
         assert_close(encoder.cuda()(wave.cuda()).clip.cpu(), expected, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["samplecnn:8k-quarter", "mfcc:8k", "chroma:8k"])
+def test_frozen_features_equal_the_cpu(name):
+    encoder, wave = load_encoder(name), noise(6, 40_000, 3)
+    sounds = SimpleNamespace(sample_rate=8000, wave=lambda ids: wave[np.asarray(ids)])
+    on_cpu, on_gpu = (read_features(encoder, sounds, np.arange(6), device=device, progress=False) for device in ("cpu", "cuda"))
+    for part in ("layers", "clip"):
+        assert_close(torch.tensor(getattr(on_gpu, part)), torch.tensor(getattr(on_cpu, part)), atol=1e-3, rtol=1e-3)
+
+
+def test_evaluation_gives_the_scores_of_the_cpu():
+    sizes = Sizes(clips=60, seconds=4., note_step=12, note_seconds=1.)
+    found = {device: evaluate.evaluate(load_encoder("mfcc:8k"), "scorebox.tags, scorebox.excerpt, scorebox.beats", sizes, device=device, progress=False)
+             for device in ("cpu", "cuda")}
+    for one, other in zip(*found.values()): # features differ in the last bits, and a read-out can amplify that a little
+        assert abs(one.scored().interval(10).mean - other.scored().interval(10).mean) < .1, one.task.id
 
 
 def test_bf16_training_learns_and_says_how_fast(tmp_path, capsys):
