@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PAPER', 'CORPORA', 'LOW', 'HIGH', 'LAGS', 'VERSION', 'TASKS', 'RAREST', 'TEST', 'Found', 'PROFILES', 'ARMS', 'Recipe',
            'load_corpus', 'load_notes', 'semitones', 'pitch_spectrum', 'chroma', 'rhythm', 'measure', 'features_of',
-           'prepare', 'truth', 'in_test', 'over_splits', 'answers', 'key_score', 'scores', 'examine', 'more_keys',
-           'key_again', 'tempo_to_type', 'single_notes', 'one_split', 'twins', 'grid', 'describe', 'run']
+           'prepare', 'truth', 'in_test', 'over_splits', 'answers', 'scores', 'examine', 'more_keys', 'key_again',
+           'tempo_to_type', 'single_notes', 'one_split', 'twins', 'grid', 'describe', 'run']
 
 # %% ../../nbs/papers/0_scorebox.ipynb #09f938a4
 import zipfile
@@ -25,6 +25,7 @@ from .. import features, files, probe, settings
 from ..data import notes, scorebox
 from ..data.arrange import Draws
 from ..data.deal import HELD_OUT
+from ..probe.metrics import key_score
 
 # %% ../../nbs/papers/0_scorebox.ipynb #47cb2e61
 PAPER = "scorebox"
@@ -195,15 +196,6 @@ def answers(
             model = Ridge(10.) if kind == "number" else LogisticRegression(C=.3, max_iter=1000)
             out[name] = make_pipeline(StandardScaler(), model).fit(x[train], y[train]).predict(x[test])
     return out
-
-def key_score(
-    key: int, # 0-11 major from C, 12-23 minor
-    guess: int, # the same
-) -> float: # 1, 0.5, 0.3, 0.2 or 0
-    """How right a key is. Source: mir_eval, `key.weighted_score`."""
-    step, same_mode = (guess - key) % 12, guess // 12 == key // 12
-    if same_mode: return {0: 1., 7: .5}.get(step, 0.)
-    return {0: .2, 9 if key < 12 else 3: .3}.get(step, 0.)
 
 # %% ../../nbs/papers/0_scorebox.ipynb #fa5cab98
 def scores(
