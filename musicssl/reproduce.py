@@ -256,7 +256,8 @@ def _evaluate(given: argparse.Namespace, profile: str) -> int:
     return 0
 
 def _embed(given: argparse.Namespace) -> int:
-    print(frozen.embed_folder(given.folder, zoo.load_encoder(given.encoder), given.out, window=given.window, device=devices.accelerator()))
+    try: print(frozen.embedding_summary(frozen.embed_folder(given.folder, zoo.load_encoder(given.encoder), given.out, window=given.window, device=devices.accelerator())))
+    except (OSError, RuntimeError) as error: raise ValueError(str(error)) from error # no such folder, too many bad files, no room
     return 0
 
 # %% ../nbs/92_reproduce.ipynb #697b74ca
