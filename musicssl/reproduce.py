@@ -243,6 +243,7 @@ def _encoder_parsers(evaluate: argparse.ArgumentParser, embed: argparse.Argument
     evaluate.add_argument("--out", metavar="FILE.json", help="keep every answer, with FILE.npz beside it")
     embed.add_argument("folder", help="any nesting, any format soundfile reads")
     embed.add_argument("--out", metavar="DIR", help="where the features go; default: the cache")
+    embed.add_argument("--bad", type=float, default=.01, metavar="SHARE", help="broken files that are tolerated, 0 to 1; default: %(default)s")
     embed.add_argument("--window", type=float, metavar="S", help="seconds per window; default: what the encoder was built for, else the whole file")
 
 def _evaluate(given: argparse.Namespace, profile: str) -> int:
@@ -256,9 +257,13 @@ def _evaluate(given: argparse.Namespace, profile: str) -> int:
     return 0
 
 def _embed(given: argparse.Namespace) -> int:
-    try: print(frozen.embedding_summary(frozen.embed_folder(given.folder, zoo.load_encoder(given.encoder), given.out, window=given.window, device=devices.accelerator())))
-    except (OSError, RuntimeError) as error: raise ValueError(str(error)) from error # no such folder, too many bad files, no room
+    how = {"window": given.window, "bad": given.bad, "device": devices.accelerator()}
+    print(frozen.embedding_summary(frozen.embed_folder(given.folder, zoo.load_encoder(given.encoder), given.out, **how)))
     return 0
+
+def _with_encoders(given: argparse.Namespace, profile: str) -> int:
+    try: return _embed(given) if given.command == "embed" else _evaluate(given, profile)
+    except (OSError, RuntimeError) as error: raise ValueError(str(error)) from error # no such folder, too many bad files, no room, a changing encoder
 
 # %% ../nbs/92_reproduce.ipynb #697b74ca
 def main(
@@ -268,11 +273,11 @@ def main(
     given = _parser().parse_args(arguments)
     try:
         if given.command == "data": return _data(given)
-        if given.command == "embed": return _embed(given)
+        if given.command == "embed": return _with_encoders(given, "")
         profile = given.profile or settings.default_profile()
         if given.command == "reproduce": return reproduce(profile, given.paper, given.fresh)
         settings.load(profile)
-        if given.command == "evaluate": return _evaluate(given, profile)
+        if given.command == "evaluate": return _with_encoders(given, profile)
         with cluster.asked_to_end(): _runs(given, profile, [chapter.name for chapter in chapters(given.paper)])
     except ModuleNotFoundError as error:
         extra, what = ("submitit", "it") if error.name == "submitit" else ("nb", "what the notebooks need")
