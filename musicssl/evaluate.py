@@ -20,11 +20,12 @@ from . import files
 from .data.scorebox import Sounds
 from .encoders.base import Encoder
 from .probe.beats import SLOWEST, fit_beats
-from .probe.frozen import Features, stored_features
+from .probe.frozen import Features, frozen, stored_features
 from .probe.intervals import Scored, compare
 from .probe.metrics import METRICS, score
 from .probe.readouts import PROTOCOLS, ReadOut, protocol_grid, search
 from .probe.tasks import Sizes, Task, Truth, find, open_dataset
+from .zoo import check_encoder
 
 # %% ../nbs/91_evaluate.ipynb #52bd9b07
 GRIDS = ("short", *PROTOCOLS)
@@ -117,8 +118,10 @@ class _Asking:
         if self._features is None: self._features = stored_features(self.encoder, self.sounds, np.arange(len(self.sounds)), **self.how)
         return self._features
 
-    def beats(self, train: np.ndarray, valid: np.ndarray) -> Any:
-        if self._beats is None: self._beats = fit_beats(self.encoder, self.sounds, train, valid, seed=self.seed, batch=_FRAMES, device=self.how["device"])
+    def beats(self) -> Any: # one head for beats and downbeats, whichever is asked for
+        if self._beats is None:
+            train, valid = ([i for i in self.sounds.ids(split) if len(self.sounds.beat_times(i)) > 1] for split in ("train", "valid"))
+            self._beats = fit_beats(self.encoder, self.sounds, train, valid, seed=self.seed, batch=_FRAMES, device=self.how["device"])
         return self._beats
 
     def ids(self, split: str, known: np.ndarray) -> np.ndarray: return (ids := self.sounds.ids(split))[known[ids]]
@@ -131,14 +134,14 @@ class _Asking:
         if task.kind == "retrieval":
             return [replace(one, truth=np.arange(len(one.ids)), said=self._halves(one.ids), chosen="cosine of the halves") for one in blank]
         if task.kind == "beats":
-            heard = [self.beats(train, valid).answer(self.encoder, self.sounds, test)[task.name == "downbeats"] for test in tests]
+            heard = [self.beats().answer(self.encoder, self.sounds, test)[task.name == "downbeats"] for test in tests]
             return [replace(one, said=said, chosen="frame head and decoder") for one, said in zip(blank, heard)]
         settings = grid(self.features().layers.shape[1], self.grid, self.seed)
         heard, chosen, tried = read_out(self.features(), truth, train, valid, tests, task.kind, settings)
         return [replace(one, said=said, chosen=chosen, tried=tried) for one, said in zip(blank, heard)]
 
     def _cannot(self, task: Task) -> str:
-        rate, shortest = self.encoder.sample_rate / self.encoder.hop, getattr(self.encoder, "n_samples", 0) / self.encoder.sample_rate
+        rate, shortest = self.encoder.sample_rate / self.encoder.hop, (getattr(self.encoder, "n_samples", None) or 0) / self.encoder.sample_rate
         if shortest > self.sounds.seconds: return f"hears {shortest:.1f} s at a time, a sound lasts {self.sounds.seconds:g} s"
         if task.kind == "beats" and rate < SLOWEST: return f"{rate:.1f} frames/s, beats need {SLOWEST:g}"
         if task.kind == "retrieval" and shortest > self.sounds.seconds / 2: return f"hears {shortest:.1f} s at a time, half a clip lasts {self.sounds.seconds / 2:g} s"
@@ -158,13 +161,19 @@ def evaluate(
     device: str | torch.device = "cpu", # where the encoder runs
     progress: bool = True, # show bars
 ) -> list[Answer]: # to every task, on every split it is scored on
-    """Ask an encoder everything. Raises: `ValueError` for a task, a data set or a grid there is not, or an encoder that breaks the contract."""
+    """Ask an encoder everything. Raises: `ValueError` for a task, a data set or a grid there is not, or an encoder that breaks the contract;
+    `RuntimeError` for one that changes while it listens."""
+    with frozen(encoder): check_encoder(encoder)
     tasks, asking, answers = find(tasks) if isinstance(tasks, str) else list(tasks), {}, []
     for task in tqdm(tasks, desc="tasks", disable=not progress):
         if task.dataset not in asking:
             asking[task.dataset] = _Asking(encoder, open_dataset(task.dataset, encoder.sample_rate, sizes), seed, grid, device, progress)
-        answers += asking[task.dataset].answer(task)
+        answers += [replace(one, truth=_small(one.truth), said=_small(one.said)) for one in asking[task.dataset].answer(task)]
     return answers
+
+def _small(values: Any) -> Any: # numbers in 32 bits, as they are kept: what comes back from disk scores the same
+    if isinstance(values, list): return [_small(times) for times in values]
+    return values.astype(np.float32) if getattr(values, "dtype", np.dtype(int)).kind == "f" else values
 
 # %% ../nbs/91_evaluate.ipynb #eb8cc91c
 def table(
@@ -199,10 +208,8 @@ def as_record(
         said = _places(answer) if asked and answer.task.kind == "retrieval" else answer.said
         for what, value in {"truth": answer.truth, "said": said, "ids": answer.ids, "groups": answer.groups}.items():
             if isinstance(value, list): arrays[f"{name}|{what}|lengths"] = np.array([len(times) for times in value])
-            if value is not None: arrays[f"{name}|{what}"] = _small(np.concatenate(value) if isinstance(value, list) else np.asarray(value))
+            if value is not None: arrays[f"{name}|{what}"] = np.concatenate(value) if isinstance(value, list) else np.asarray(value)
     return {"answers": told}, arrays
-
-def _small(values: np.ndarray) -> np.ndarray: return values.astype(np.float32) if values.dtype.kind == "f" else values
 
 def _places(answer: Answer) -> np.ndarray: # (n, 2): wrong items above the right one, and level with it
     right = answer.said[np.arange(len(answer.said)), answer.truth][:, None]
@@ -212,7 +219,7 @@ def _places(answer: Answer) -> np.ndarray: # (n, 2): wrong items above the right
 def from_record(
     told: Mapping[str, Any], # as from `as_record`
     arrays: Mapping[str, np.ndarray], # the same
-) -> list[Answer]: # as they were, up to rounding to 32 bits
+) -> list[Answer]: # as they were
     """Answers out of a record. Raises: `ValueError` for a task that is no longer on the list."""
     def read(name: str, of: dict) -> Any:
         value = arrays.get(f"{of['task']}|{of['split']}|{name}")

@@ -7,8 +7,10 @@ __all__ = ['ENCODERS', 'new_encoder', 'describe', 'save_encoder', 'check_encoder
 
 # %% ../nbs/78_zoo.ipynb #fc0416d6
 import importlib
-import importlib.util
+import sys
+import zlib
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import nn
@@ -71,21 +73,24 @@ def _from_file(path: Path) -> nn.Module:
         path = found[-1] / "model.safetensors"
     described = read_about(path).get("encoder")
     if described is None: raise Mismatch(f"{path} does not say which encoder its weights belong to; write it with `zoo.save_encoder`")
-    encoder = _class(described["name"])(**described["settings"])
+    try: encoder = _class(described["name"])(**described["settings"])
+    except (TypeError, KeyError) as error: raise Mismatch(f"{path} wants an encoder that cannot be built here: {error}") from error
     load_weights(path, encoder, described["prefix"])
     return encoder
 
 # %% ../nbs/78_zoo.ipynb #b9db6883
+def _module(where: str) -> ModuleType:
+    if not where.endswith(".py"): return importlib.import_module(where)
+    text = Path(where).read_bytes()
+    module = ModuleType(f"{Path(where).stem}_{zlib.crc32(text):08x}")
+    module.__file__, sys.modules[module.__name__] = where, module
+    exec(compile(text, where, "exec"), module.__dict__)
+    return module
+
 def _from_code(what: str) -> nn.Module:
     where, _, name = what.rpartition(":")
-    if where.endswith(".py"):
-        if not Path(where).is_file(): raise ValueError(f"there is no file {where}")
-        spec = importlib.util.spec_from_file_location(Path(where).stem, where)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    else: module = importlib.import_module(where)
-    if not hasattr(module, name): raise ValueError(f"{where} has no {name!r}")
-    return getattr(module, name)()
+    try: return getattr(_module(where), name)()
+    except Exception as error: raise ValueError(f"{what} makes no encoder: {type(error).__name__}, {error}") from error
 
 # %% ../nbs/78_zoo.ipynb #5bd25950
 @torch.no_grad()
@@ -93,17 +98,24 @@ def check_encoder(
     encoder: nn.Module, # that claims to keep the contract of `Encoder`
 ) -> nn.Module: # the same, in eval mode
     """Listen to what an encoder makes of noise. Raises: `ValueError` naming the first thing that is not as the contract says."""
-    missing = [name for name in ("sample_rate", "hop", "dim") if not isinstance(getattr(encoder, name, None), int)]
-    if missing: raise ValueError(f"{type(encoder).__name__} lacks {', '.join(missing)}: an encoder has sample_rate (Hz), hop (samples per frame) and dim, all whole")
+    kind = type(encoder).__name__
+    if not isinstance(encoder, nn.Module): raise ValueError(f"got a {kind}, wanted a torch.nn.Module")
+    missing = [name for name in ("sample_rate", "hop", "dim") if not isinstance(value := getattr(encoder, name, None), int) or value < 1]
+    if missing: raise ValueError(f"{kind} lacks {', '.join(missing)}: an encoder has sample_rate (Hz), hop (samples per frame) and dim, all whole")
     n_samples = getattr(encoder, "n_samples", None) or 2 * encoder.sample_rate
     wave = .1 * torch.randn(2, n_samples, generator=torch.Generator().manual_seed(0))
-    heard = encoder.eval()(wave)
+    try: heard = encoder.eval()(wave)
+    except Exception as error: raise ValueError(f"{kind} fails on two waveforms of {n_samples} samples: {type(error).__name__}, {error}") from error
     layers, clip = getattr(heard, "layers", None), getattr(heard, "clip", None)
     for name, value, axes in (("layers", layers, "B, L, N, D"), ("clip", clip, "B, D")):
         shape = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
         if not isinstance(shape, tuple) or len(shape) != axes.count(",") + 1 or shape[0] != 2:
-            raise ValueError(f"{type(encoder).__name__} gave {name} {shape} for two waveforms, wanted ({axes}) with B = 2")
-        if not torch.isfinite(value).all(): raise ValueError(f"{type(encoder).__name__} gave {name} that are not finite")
+            raise ValueError(f"{kind} gave {name} {shape} for two waveforms, wanted ({axes}) with B = 2")
+        if not torch.isfinite(value).all(): raise ValueError(f"{kind} gave {name} that are not finite")
+    frames, width = layers.shape[2:]
+    if width != encoder.dim: raise ValueError(f"{kind} gave layers of width {width}, and says that its dim is {encoder.dim}")
+    if not .5 < frames * encoder.hop / n_samples < 2:
+        raise ValueError(f"{kind} gave {frames} frames for {n_samples} samples, which is no hop of {encoder.hop}")
     return encoder
 
 def load_encoder(

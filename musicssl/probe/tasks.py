@@ -129,6 +129,7 @@ class Resampled:
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"): raise AttributeError(name)
+        if name == "store": raise AttributeError(f"the store holds {self._sounds.sample_rate} Hz, this is heard at {self.sample_rate} Hz: use wave")
         return getattr(self._sounds, name)
 
     def __len__(self) -> int: return len(self._sounds)
