@@ -9,11 +9,11 @@ from imports_of import PACKAGE, all_imports, rooms
 
 # A room imports only from rooms above it.
 ORDER = ["settings", "files", "compat", "audio",
-         "features.mel", "features.spectral", "features.cqt", "features.rhythm",
+         "features.mel", "features.spectral", "features.cqt", "features.rhythm", "features.frames",
          "data.notation", "data.abc", "data.scores", "data.sampler", "data.store", "data.arrange", "data.deal", "data.scorebox",
          "data.captions", "data.notes", "data.folder", "data.shards", "data.loader",
          "augment.base", "augment.linear", "augment.pitch", "augment.distortions", "augment.mixture", "augment.clmr",
-         "encoders.base", "encoders.samplecnn", "encoders.handmade", "objectives.clmr", "objectives.supervised",
+         "encoders.base", "encoders.samplecnn", "encoders.handmade", "encoders.frames", "objectives.clmr", "objectives.supervised",
          "optim", "devices", "checkpoint", "zoo", "meter", "update", "train",
          "probe.metrics", "probe.intervals", "probe.frozen", "probe.logistic", "probe.readouts", "probe.beats", "probe.tasks", "probe.finetune",
          "probe.robustness", "records", "report", "evaluate",
