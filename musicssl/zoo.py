@@ -26,6 +26,7 @@ ENCODERS = { # name: where the class lives
     "chroma": "musicssl.encoders.handmade.Chroma",
     "logmel": "musicssl.encoders.handmade.LogMel",
     "cqt": "musicssl.encoders.handmade.CQT",
+    "frames": "musicssl.encoders.frames.FrameTransformer",
 }
 
 def _class(name: str) -> type:
