@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..encoders.base import Encoder, check_sample_rate
+from .frozen import frozen
 from .metrics import score
 
 # %% ../../nbs/86_beats.ipynb #b8a90795
@@ -133,14 +134,10 @@ class BeatHead(nn.Module):
         return self.net((self.mix.softmax(0)[:, None, None] * mixed).sum(-3))
 
 # %% ../../nbs/86_beats.ipynb #cfe9f80f
-@torch.no_grad()
 def _frames(encoder: nn.Module, corpus: Any, ids: Sequence[int], layer: int | None, device: str) -> list[Tensor]: # n of (L, N, D)
     check_sample_rate(encoder, corpus.sample_rate)
-    training, keep = encoder.training, slice(None) if layer is None else [layer]
-    encoder.to(device).eval()
-    read = [encoder(corpus.wave(np.array([i])).to(device)).layers[0, keep].float().cpu() for i in ids]
-    encoder.train(training)
-    return read
+    keep = slice(None) if layer is None else [layer]
+    with frozen(encoder, device): return [encoder(corpus.wave(np.array([i])).to(device)).layers[0, keep].float().cpu() for i in ids]
 
 @dataclass
 class FittedBeats:
