@@ -17,69 +17,83 @@ from .mel import Delta, Magnitude, batched, mel_bank, standardise, to_db
 from .spectral import chroma_bank
 from ..settings import Presets
 
-# %% ../../nbs/15_frames.ipynb #824d5ce1
+# %% ../../nbs/15_frames.ipynb #cac7990b
 COLUMNS = {"chroma": slice(0, 12), "mfcc": slice(12, 32), "delta": slice(32, 52), "mel": slice(52, 180), "cqt": slice(180, 324)}
 
+# %% ../../nbs/15_frames.ipynb #7dba52fc
 def log_compress(
     x: Tensor, # (...) power or magnitude, >= 0
-) -> Tensor: # (...) natural logarithm of 10 x + 1e-6, at least -13.8
-    """What makes quiet and loud comparable. Source: MusiCoder, *acoustic features*; the small number after its descendants."""
+) -> Tensor: # (...) ln(10 x + 1e-6), at least -13.8
+    """The logarithm that mel and constant-Q columns take. Source: MusiCoder, *acoustic features*."""
     return (10 * x + 1e-6).log()
 
+# %% ../../nbs/15_frames.ipynb #ccc70d09
 def _constant_q(kind: str, sample_rate: int, hop: int) -> nn.Module:
     if kind == "cqt24": return CQT.preset("musicoder", sample_rate=sample_rate, hop=hop)
     if kind == "chroma144":
         octaves = min(7, int(math.log2(sample_rate / 2 / C1)))                      # as many as fit
         return ChromaCQT.preset("musicoder", sample_rate=sample_rate, hop=hop, n_octaves=octaves)
-    raise ValueError(f"got the constant-Q kind {kind!r}, wanted 'cqt24' or 'chroma144' (144 bins at 12 per octave from C1 would reach 126 kHz)")
+    raise ValueError(f"got the constant-Q kind {kind!r}, wanted 'cqt24' or 'chroma144'; 144 bins at 12 per octave would reach 126 kHz")
 
-# %% ../../nbs/15_frames.ipynb #fb8c6781
+# %% ../../nbs/15_frames.ipynb #9571f2b4
+class _Bands(nn.Module):
+    "Pitch classes, the loudest of each frame 1, then mel power."
+    def __init__(self, sample_rate: int, n_fft: int, hop: int):
+        super().__init__()
+        self.power = Magnitude(n_fft, hop, window="hamming", power=2)
+        self.register_buffer("chroma", chroma_bank(sample_rate, n_fft), persistent=False)
+        self.register_buffer("mel", mel_bank(sample_rate, n_fft, 128), persistent=False)
+
+    @batched
+    def forward(self, wave: Tensor) -> Tensor: # (B, T) to (B, 12 + 128, N)
+        power = self.power(wave)
+        classes = self.chroma.T @ power
+        loudest = classes.amax(-2, keepdim=True)
+        return torch.cat([classes / loudest.where(loudest >= torch.finfo(loudest.dtype).tiny, 1), self.mel.T @ power], 1)
+
+# %% ../../nbs/15_frames.ipynb #99758ac3
 class MusiCoderFrames(nn.Module, Presets):
-    """Chroma, MFCC, their movement, log-mel and log constant-Q of every frame, levelled over the clip; without gradient.
+    """Chroma, MFCC, their movement, log-mel and log constant-Q of every frame, levelled over the clip; float32, without gradient.
 
-    Source: MusiCoder, *acoustic features*. Raises: `ValueError` as `CQT` and `mel_bank` do, for an unknown kind, for less than nine frames.
+    Source: MusiCoder, *acoustic features*. Raises: `ValueError` as `CQT` and `mel_bank` do, for an unknown kind, and for waves too short.
     """
     columns = COLUMNS
     _presets = {"paper": {}, "22k": dict(sample_rate=22_050, n_fft=1024, hop=512), "8k": dict(sample_rate=8_000, n_fft=372, hop=186)}
 
     def __init__(self,
         sample_rate: int = 44_100, # Hz
-        n_fft: int = 2048, # samples in a frame, all under a Hamming window
+        n_fft: int = 2048, # samples in a frame, all under the window
         hop: int = 1024, # samples from frame to frame
         cqt_kind: str = "cqt24", # last 144 columns: "cqt24", 24 bins per octave from C1; "chroma144", 144 pitch classes
-        normalise: bool = True, # every column to mean 0 and standard deviation 1 over the clip?
+        normalise: bool = True, # level every column over the clip?
     ):
         super().__init__()
-        self.sample_rate, self.hop, self.normalise = sample_rate, hop, normalise
-        self.power, self.delta = Magnitude(n_fft, hop, window="hamming", power=2), Delta()
-        self.constant_q = _constant_q(cqt_kind, sample_rate, hop)
-        self.register_buffer("chroma", chroma_bank(sample_rate, n_fft), persistent=False)
-        self.register_buffer("mel", mel_bank(sample_rate, n_fft, 128), persistent=False)
+        self.sample_rate, self.hop, self.shortest, self.normalise = sample_rate, hop, 8 * hop, normalise
+        self.bands, self.delta, self.constant_q = _Bands(sample_rate, n_fft, hop), Delta(), _constant_q(cqt_kind, sample_rate, hop)
         self.register_buffer("cosines", compat.torchaudio().functional.create_dct(20, 128, norm="ortho"), persistent=False)
-
-    @batched
-    def _bands(self, wave: Tensor) -> Tensor: # (B, T) to (B, 12 + 128, N): pitch classes, the loudest 1, and mel power
-        power = self.power(wave)
-        classes = self.chroma.T @ power
-        loudest = classes.amax(-2, keepdim=True)
-        return torch.cat([classes / loudest.where(loudest >= torch.finfo(loudest.dtype).tiny, 1), self.mel.T @ power], 1)
 
     @torch.no_grad()
     def forward(self,
-        wave: Tensor, # (B, T) float, mono, T at least 8 hops
-        lengths: Tensor | None = None, # (B,) samples of each row that are sound, the rest is padding; None: all
-    ) -> tuple[Tensor, Tensor]: # frames (B, N, 324) float32, N = 1 + T // hop, 0 in the padding; (B,) how many are none
-        "Measure a batch; what stands in the padding changes nothing."
-        if lengths is None: lengths = torch.full((len(wave),), wave.shape[1], device=wave.device)
-        n_frames = 1 + lengths // self.hop
-        wave = wave.where(torch.arange(wave.shape[1], device=wave.device) < lengths[:, None], 0)
-        number = torch.arange(1 + wave.shape[1] // self.hop, device=wave.device)
+        wave: Tensor, # (B, T) float, mono, T at least `shortest`
+        lengths: Tensor | None = None, # (B,) samples of each row that are sound, up to T, the rest is padding; None: all
+    ) -> tuple[Tensor, Tensor]: # frames (B, N, 324), N = 1 + T // hop, 0 in the padding; (B,) how many of them are none
+        "Measure a batch."
+        wave, lengths = _checked(wave, lengths, self.shortest)
+        n_frames, number = 1 + lengths // self.hop, torch.arange(1 + wave.shape[1] // self.hop, device=wave.device)
         valid = number < n_frames[:, None]                                          # (B, N)
         with torch.autocast(wave.device.type, enabled=False):
-            chroma, mel = self._bands(wave).where(valid[:, None], 0).split([12, 128], 1)
+            chroma, mel = self.bands(wave).where(valid[:, None], 0).split([12, 128], 1)
             mfcc = self.cosines.T @ to_db(mel)
-            inner = number.minimum(n_frames[:, None] - 5).clamp_min(0)              # the movement of the last four frames is that of the fifth last
-            delta = self.delta(mfcc).gather(-1, inner[:, None].expand_as(mfcc)).where((n_frames >= 9)[:, None, None], 0)
+            inner = number.minimum(n_frames[:, None] - 5).clamp_min(0)[:, None].expand_as(mfcc)
+            delta = self.delta(mfcc).gather(-1, inner).where((n_frames >= 9)[:, None, None], 0)
             frames = torch.cat([chroma, mfcc, delta, log_compress(mel), log_compress(self.constant_q(wave))], 1)
             frames = standardise(frames, valid) if self.normalise else frames.where(valid[:, None], 0)
         return frames.transpose(1, 2).contiguous(), n_frames
+
+# %% ../../nbs/15_frames.ipynb #95b1b7b0
+def _checked(wave: Tensor, lengths: Tensor | None, shortest: int) -> tuple[Tensor, Tensor]: # silent padding, in float32
+    if wave.ndim != 2 or wave.shape[1] < shortest:
+        raise ValueError(f"got a wave of shape {tuple(wave.shape)}, wanted (B, T) with at least {shortest} samples, nine frames")
+    if lengths is None: return wave.float(), torch.full((len(wave),), wave.shape[1], device=wave.device)
+    if lengths.shape != wave.shape[:1]: raise ValueError(f"got lengths of shape {tuple(lengths.shape)} for {len(wave)} rows, wanted one number each")
+    return wave.float().where(torch.arange(wave.shape[1], device=wave.device) < lengths[:, None], 0), lengths
