@@ -6,7 +6,6 @@ import zlib
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,9 +18,9 @@ from musicssl.augment import clmr_paper
 from musicssl.encoders.base import Embedding
 from musicssl.objectives.clmr import CLMR
 from musicssl.probe import frozen, intervals
-from musicssl.probe.metrics import METRICS, score
+from musicssl.probe.metrics import score
 from musicssl.probe.readouts import ReadOut
-from musicssl.probe.tasks import DATASETS, TASKS, Sizes, Task, Truth, open_dataset
+from musicssl.probe.tasks import DATASETS, TASKS, Sizes, open_dataset
 from musicssl.train import TrainConfig, fit
 
 SIZES, RATE, HOP = Sizes(200, 4., 12, 1.), 8000, 400 # 20 frames/s: the fewest that beats accept
@@ -401,3 +400,86 @@ def test_an_untrained_network_stays_near_the_floor():
     deaf, random, best = ([value(answer) for answer in of(name)] for name in ("deaf:8k", "samplecnn:8k-eighth", "mfcc:8k"))
     assert deaf[0] < np.mean(random) < best[0]
     assert deaf[0] == pytest.approx(tags.truth(sounds_of(tags)).y[sounds_of(tags).ids("test")].mean(0).mean(), abs=.05) # AP of the deaf is how common a tag is
+
+
+# The command -------------------------------------------------------------------------------------------------------------------------------------
+
+
+LOUDNESS = '''
+import torch
+from musicssl.encoders.base import Embedding
+
+class Make(torch.nn.Module):
+    sample_rate, hop, dim = 11_025, 256, 1
+    def forward(self, wave):
+        frames = wave.unfold(1, 512, 256).square().mean(-1, keepdim=True).add(1e-9).log()
+        return Embedding(layers=frames[:, None], clip=torch.cat([frames.mean(1), frames.std(1)], 1))
+'''
+
+
+def command(*words, folder, **environment):
+    program = "import sys; from musicssl.reproduce import main; sys.exit(main(sys.argv[1:]))"
+    return subprocess.run([sys.executable, "-c", program, *map(str, words)], cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory):
+    """`musicssl evaluate` with an encoder of each sort, in a process of its own; sounds come from the project's cache, features do not."""
+    folder, there = tmp_path_factory.mktemp("asked"), settings.cache_dir()
+    for name in ("scorebox", "notes"): (there / name).mkdir(parents=True, exist_ok=True)
+    (folder / "cache").mkdir()
+    for path in there.iterdir():
+        if path.name != "features": (folder / "cache" / path.name).symlink_to(path)
+    (folder / "loudness.py").write_text(LOUDNESS)
+    zoo.save_encoder(folder / "mfcc.safetensors", mfcc())
+    encoder = zoo.new_encoder("samplecnn:8k-eighth")
+    batches = lambda number: Batch(wave=torch.randn(4, 30_000, generator=torch.Generator().manual_seed(number)), ids=torch.arange(4))
+    fit(CLMR(encoder, clmr_paper(encoder.n_samples, RATE), projection_dim=8), batches, TrainConfig(steps=2, lr=1e-3), folder / "run", progress=False)
+    who = ("deaf:8k", "run", "mfcc.safetensors", "loudness.py:Make")
+    done = command("evaluate", *(word for name in who for word in ("--encoder", name)), "--tasks", "scorebox", "--profile", "test", "--out", "kept.json",
+                   folder=folder, MUSICSSL_CACHE=str(folder / "cache"))
+    return folder, who, done
+
+
+def test_the_command_prints_a_table_for_every_sort_of_encoder(asked):
+    _, who, done = asked
+    assert done.returncode == 0, done.stderr
+    scores, gained = done.stdout.split("gain over deaf:8k, paired\n")
+    assert scores.startswith("test: 60 clips of 4 s\n95 % intervals: ") and all(name in scores for name in who) and all(name in gained for name in who[1:])
+    scorebox = [name for name, task in TASKS.items() if task.dataset == "scorebox"]
+    for part, rows in ((scores, lambda name: len(TASKS[name].metrics)), (gained, lambda name: 1)):
+        for name in scorebox: assert sum(line.split()[:1] == [name] for line in part.splitlines()) == rows(name), name
+
+
+def test_a_slow_encoder_says_why_it_is_not_asked_for_beats(asked):
+    beats = [line for line in asked[2].stdout.splitlines() if line.split()[:1] in (["scorebox.beats"], ["scorebox.downbeats"])]
+    assert len(beats) == 6 and all(line.count("0.4 frames/s, beats need 20") == 1 for line in beats)
+
+
+def test_kept_answers_come_back_with_their_scores(asked):
+    folder, who, done = asked
+    kept = files.read_json(folder / "kept.json")
+    with np.load(folder / "kept.npz", allow_pickle=False) as stored: arrays = dict(stored)
+    assert tuple(kept) == who
+    answers = {}
+    for name, (told,) in kept.items():
+        answers[name] = evaluate.from_record(told, {key.removeprefix(f"{name}|0|"): value for key, value in arrays.items() if key.startswith(f"{name}|0|")})
+        for answer, row in zip(answers[name], told["answers"], strict=True):
+            assert row["scores"] == {metric: score(metric, answer.truth, answer.said) for metric in row["scores"]} and bool(row["scores"]) != bool(row["why"])
+    assert evaluate.printed(answers, "test: 60 clips of 4 s") + "\n" == done.stdout
+    # mutation: answers in the wrong order
+    first = answers["mfcc.safetensors"][0]
+    assert score("pr_auc", first.truth, first.said[::-1]) != kept["mfcc.safetensors"][0]["answers"][0]["scores"]["pr_auc"]
+
+
+def test_the_checkpoint_is_what_was_trained_and_the_file_what_was_saved(asked):
+    """Mutation: two steps of training are forgotten."""
+    folder, _, _ = asked
+    told = files.read_json(folder / "kept.json")
+    sizes = Sizes(60, 4., 12, 1.)
+    def scores(encoder): return evaluate.as_record(evaluate.evaluate(encoder, "scorebox.key", sizes, progress=False))[0]["answers"][0]["scores"]
+    kept = {name: next(row for row in about[0]["answers"] if row["task"] == "scorebox.key")["scores"] for name, about in told.items()}
+    assert scores(zoo.load_encoder(folder / "run")) == kept["run"] and scores(mfcc()) == kept["mfcc.safetensors"]
+    trained, untrained = (evaluate.evaluate(encoder, "scorebox.key", sizes, progress=False)[0]
+                          for encoder in (zoo.load_encoder(folder / "run"), zoo.new_encoder("samplecnn:8k-eighth")))
+    assert not same(trained, untrained)

@@ -220,7 +220,7 @@ def budget(
     seed: int = 0, # of their order
 ) -> np.ndarray: # ids, ascending; max(1, round(fraction * n)) of them
     """The sounds whose labels may be used. Raises: `ValueError` when the fraction is not in (0, 1]."""
-    ids = np.asarray(ids)[truth.known[ids]]
+    ids = np.sort(np.asarray(ids)[truth.known[ids]])
     y = np.asarray(truth.y)[ids] if not isinstance(truth.y, list) else np.zeros(len(ids))
     if y.ndim == 1 and y.dtype.kind in "iu": y = np.eye(int(y.max(initial=0)) + 1, dtype=np.uint8)[y]
     elif y.ndim == 1 or y.dtype.kind == "f": y = np.zeros((len(ids), 1), np.uint8)
