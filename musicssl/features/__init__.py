@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/10_features.ipynb #76368f11
 from .cqt import CQT, ChromaCQT, chroma_fold, quality
+from .frames import MusiCoderFrames
 from .mel import MFCC, Delta, LogMel, Magnitude, batched, clip_mfcc, in_float32, log_mel, mel_bank, mfcc, standardise, to_db
 from .rhythm import Aperiodicity, OnsetStrength, Pitch, Prosody, Tempogram, fill_gaps
 from .spectral import RMS, ChromaSTFT, Gammatone, LogPower, SpectralCentroid, SpectralContrast, SpectralFlatness
