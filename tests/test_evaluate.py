@@ -24,7 +24,7 @@ from musicssl.probe.tasks import DATASETS, TASKS, Sizes, open_dataset
 from musicssl.train import TrainConfig, fit
 
 SIZES, RATE, HOP = Sizes(200, 4., 12, 1.), 8000, 400 # 20 frames/s: the fewest that beats accept
-EVERY = {"beats": 3} # of the clips, every so manieth where a fit is slow
+EVERY = {"beats": 4} # of the clips, every so manieth where a fit is slow
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -242,7 +242,8 @@ def learnable(task, sounds):
 def from_telling(name, strange=False):
     task, sounds = TASKS[name], sounds_of(TASKS[name], EVERY.get(TASKS[name].kind, 1))
     truth = learnable(task, sounds)
-    tasks = [one for one in TASKS.values() if (one.dataset, one.kind) == (task.dataset, "beats")] if task.kind == "beats" else [replace(task, truth=lambda _: truth)]
+    tasks = [replace(task, truth=lambda _: truth)]
+    if task.kind == "beats": tasks = [one for one in TASKS.values() if (one.dataset, one.kind) == (task.dataset, "beats")]
     sounds, encoder = telling(task, sounds, truth, strange)
     return ask(encoder, tasks, sounds)
 
@@ -295,12 +296,12 @@ def test_every_tensor_is_bit_identical_after_evaluation(name, monkeypatch):
     encoder = Learner().train()
     encoder.net[1].eval()
     before, modes = bytes_of(encoder), [module.training for module in encoder.modules()]
-    ask(encoder, [TASKS[name]], sounds_of(TASKS[name], 5))
+    ask(encoder, [TASKS[name]], sounds_of(TASKS[name], 10))
     assert bytes_of(encoder) == before and [module.training for module in encoder.modules()] == modes
     # mutation: listening in training mode
     monkeypatch.setattr(nn.Module, "eval", lambda self: self.train())
     monkeypatch.setattr(frozen, "_tensors", lambda module: {}) # nobody compares
-    ask(encoder, [TASKS[name]], Other(sounds_of(TASKS[name], 5), "again"))
+    ask(encoder, [TASKS[name]], Other(sounds_of(TASKS[name], 10), "again"))
     assert bytes_of(encoder) != before
 
 
@@ -314,11 +315,12 @@ def test_an_encoder_that_counts_its_listeners_is_refused(name):
         def forward(self, wave):
             self.heard += 1
             return super().forward(wave)
-    with pytest.raises(RuntimeError, match="the encoder changed while it was read: 1 tensors, heard"): ask(Counting(), [TASKS[name]], sounds_of(TASKS[name], 5))
+    with pytest.raises(RuntimeError, match="the encoder changed while it was read: 1 tensors, heard"):
+        ask(Counting(), [TASKS[name]], sounds_of(TASKS[name], 10))
 
 
 def test_what_is_no_encoder_is_refused_at_once():
-    for name, wrong, message in [("hop", 40, "which is no hop of 40"), ("dim", 3, "says that its dim is 3"), ("sample_rate", None, "lacks sample_rate")]:
+    for name, wrong, message in (("hop", 40, "which is no hop of 40"), ("dim", 3, "says that its dim is 3"), ("sample_rate", None, "lacks sample")):
         encoder = Learner()
         setattr(encoder, name, wrong)
         with pytest.raises(ValueError, match=message): evaluate.evaluate(encoder, "scorebox.tags", SIZES, progress=False)
@@ -335,14 +337,14 @@ def test_same_seed_same_numbers_other_seed_others(name):
     task = TASKS[name]
     def once(seed, dice):
         torch.manual_seed(dice), np.random.seed(dice)
-        return ask(*(Learner(), [task], sounds_of(task, 5)) if task.kind == "beats" else (mfcc(), [task], sounds_of(task)), seed)[name, "test"]
+        return ask(*(Learner(), [task], sounds_of(task, 10)) if task.kind == "beats" else (mfcc(), [task], sounds_of(task)), seed)[name, "test"]
     assert same(once(0, 1), once(0, 2)) and not same(once(0, 1), once(1, 1))
 
 
 def test_one_head_for_beats_and_downbeats_whichever_is_asked():
     beats, downbeats, sounds = TASKS["scorebox.beats"], TASKS["scorebox.downbeats"], sounds_of(TASKS["scorebox.beats"])
     unknown = np.flatnonzero(~downbeats.truth(sounds).known) # clips with one downbeat: only where there are some can it matter
-    few = Other(sounds, "few", ids=lambda split: np.union1d((ids := sounds.ids(split))[::6], np.intersect1d(ids, unknown)))
+    few = Other(sounds, "few", ids=lambda split: np.union1d((ids := sounds.ids(split))[::10], np.intersect1d(ids, unknown)))
     both, alone = (ask(Learner(), tasks, few)["scorebox.downbeats", "test"] for tasks in ([beats, downbeats], [downbeats]))
     assert np.isin(unknown, few.ids("train")).any() and same(both, alone)
 
@@ -386,20 +388,23 @@ def test_gains_are_paired(monkeypatch):
 
 
 def test_gains_of_another():
-    answers = {name: list(ask(zoo.new_encoder(name), [TASKS["scorebox.texture"]], sounds_of(TASKS["scorebox.texture"])).values()) for name in ("deaf:8k", "mfcc:8k")}
+    texture = TASKS["scorebox.texture"]
+    answers = {name: list(ask(zoo.new_encoder(name), [texture], sounds_of(texture)).values()) for name in ("deaf:8k", "mfcc:8k")}
     gain = evaluate.gains(answers)["mfcc:8k"][0]
     assert gain.mean == pytest.approx(value(answers["mfcc:8k"][0]) - value(answers["deaf:8k"][0])) and gain.low > 0 and "paired" in gain.kind
-    fewer = [replace(answers["mfcc:8k"][0], **{name: take(getattr(answers["mfcc:8k"][0], name), range(39)) for name in ("truth", "said", "ids", "groups")})]
-    with pytest.raises(ValueError, match="these cannot be compared: ids of 39 tracks against 40 tracks"): evaluate.gains({**answers, "mfcc:8k": fewer})
+    whole = answers["mfcc:8k"][0]
+    answers["mfcc:8k"] = [replace(whole, **{name: take(getattr(whole, name), range(39)) for name in ("truth", "said", "ids", "groups")})]
+    with pytest.raises(ValueError, match="these cannot be compared: ids of 39 tracks against 40 tracks"): evaluate.gains(answers)
 
 
 def test_an_untrained_network_stays_near_the_floor():
     """On tags: above chance, for its filters are filters; not above MFCCs. What it hears without training is the floor for those who train."""
     tags = TASKS["scorebox.tags"]
-    def of(name): return [ask(zoo.new_encoder(name, seed), [tags], sounds_of(tags), seed)["scorebox.tags", "test"] for seed in range(3 if "cnn" in name else 1)]
-    deaf, random, best = ([value(answer) for answer in of(name)] for name in ("deaf:8k", "samplecnn:8k-eighth", "mfcc:8k"))
-    assert deaf[0] < np.mean(random) < best[0]
-    assert deaf[0] == pytest.approx(tags.truth(sounds_of(tags)).y[sounds_of(tags).ids("test")].mean(0).mean(), abs=.05) # AP of the deaf is how common a tag is
+    def of(name, seed=0): return value(ask(zoo.new_encoder(name, seed), [tags], sounds_of(tags), seed)["scorebox.tags", "test"])
+    deaf, random, best = of("deaf:8k"), [of("samplecnn:8k-eighth", seed) for seed in range(2)], of("mfcc:8k")
+    assert deaf < min(random) and max(random) < best
+    how_common = tags.truth(sounds_of(tags)).y[sounds_of(tags).ids("test")].mean(0)
+    assert deaf == pytest.approx(how_common[how_common > 0].mean()) # what a constant scores under AP
 
 
 # The command -------------------------------------------------------------------------------------------------------------------------------------
@@ -419,7 +424,8 @@ class Make(torch.nn.Module):
 
 def command(*words, folder, **environment):
     program = "import sys; from musicssl.reproduce import main; sys.exit(main(sys.argv[1:]))"
-    return subprocess.run([sys.executable, "-c", program, *map(str, words)], cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True, timeout=300)
+    return subprocess.run([sys.executable, "-c", program, *words], cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True,
+                          timeout=300)
 
 
 @pytest.fixture(scope="module")
@@ -436,7 +442,8 @@ def asked(tmp_path_factory):
     batches = lambda number: Batch(wave=torch.randn(4, 30_000, generator=torch.Generator().manual_seed(number)), ids=torch.arange(4))
     fit(CLMR(encoder, clmr_paper(encoder.n_samples, RATE), projection_dim=8), batches, TrainConfig(steps=2, lr=1e-3), folder / "run", progress=False)
     who = ("deaf:8k", "run", "mfcc.safetensors", "loudness.py:Make")
-    done = command("evaluate", *(word for name in who for word in ("--encoder", name)), "--tasks", "scorebox", "--profile", "test", "--out", "kept.json",
+    named = [word for name in who for word in ("--encoder", name)]
+    done = command("evaluate", *named, "--tasks", "scorebox", "--profile", "test", "--out", "kept.json",
                    folder=folder, MUSICSSL_CACHE=str(folder / "cache"))
     return folder, who, done
 
@@ -445,7 +452,8 @@ def test_the_command_prints_a_table_for_every_sort_of_encoder(asked):
     _, who, done = asked
     assert done.returncode == 0, done.stderr
     scores, gained = done.stdout.split("gain over deaf:8k, paired\n")
-    assert scores.startswith("test: 60 clips of 4 s\n95 % intervals: ") and all(name in scores for name in who) and all(name in gained for name in who[1:])
+    assert scores.startswith("test: 60 clips of 4 s\n95 % intervals: ")
+    assert all(name in scores for name in who) and all(name in gained for name in who[1:])
     scorebox = [name for name, task in TASKS.items() if task.dataset == "scorebox"]
     for part, rows in ((scores, lambda name: len(TASKS[name].metrics)), (gained, lambda name: 1)):
         for name in scorebox: assert sum(line.split()[:1] == [name] for line in part.splitlines()) == rows(name), name
@@ -463,9 +471,11 @@ def test_kept_answers_come_back_with_their_scores(asked):
     assert tuple(kept) == who
     answers = {}
     for name, (told,) in kept.items():
-        answers[name] = evaluate.from_record(told, {key.removeprefix(f"{name}|0|"): value for key, value in arrays.items() if key.startswith(f"{name}|0|")})
+        own = {key.removeprefix(f"{name}|0|"): values for key, values in arrays.items() if key.startswith(f"{name}|0|")}
+        answers[name] = evaluate.from_record(told, own)
         for answer, row in zip(answers[name], told["answers"], strict=True):
-            assert row["scores"] == {metric: score(metric, answer.truth, answer.said) for metric in row["scores"]} and bool(row["scores"]) != bool(row["why"])
+            assert row["scores"] == {metric: score(metric, answer.truth, answer.said) for metric in row["scores"]}
+            assert bool(row["scores"]) != bool(row["why"])
     assert evaluate.printed(answers, "test: 60 clips of 4 s") + "\n" == done.stdout
     # mutation: answers in the wrong order
     first = answers["mfcc.safetensors"][0]

@@ -41,7 +41,8 @@ def perfect(task, truth, ids): # an answer that is right in all respects
 def test_labels_fit_their_kind_on_every_split(name):
     task, sounds = TASKS[name], sounds_of(TASKS[name])
     truth = task.truth(sounds)
-    assert task.id == name and task.metrics == tuple(KINDS[task.kind]) and len(truth.y) == len(truth.known) == len(sounds) and truth.known.dtype == bool
+    assert task.id == name and task.metrics == tuple(KINDS[task.kind])
+    assert len(truth.y) == len(truth.known) == len(sounds) and truth.known.dtype == bool
     for split in ("train", "valid", *task.tests):
         ids = sounds.ids(split)[truth.known[sounds.ids(split)]]
         y, answer = perfect(task, truth, ids)
@@ -74,7 +75,8 @@ def test_rare_classes_are_no_labels():
 
 
 @pytest.mark.parametrize("given, found", [("scorebox.key", ["scorebox.key"]), ("notes", ["notes.family", "notes.pitch"]),
-                                          (" notes.pitch ,scorebox.tags", ["scorebox.tags", "notes.pitch"]), ("notes,notes.pitch", ["notes.family", "notes.pitch"])])
+                                          (" notes.pitch ,scorebox.tags", ["scorebox.tags", "notes.pitch"]),
+                                          ("notes,notes.pitch", ["notes.family", "notes.pitch"])])
 def test_tasks_are_found_by_name(given, found): assert [task.id for task in find(given)] == found
 
 
@@ -113,9 +115,10 @@ class Whistles:
 def test_a_new_data_set_and_task_are_evaluated(monkeypatch):
     monkeypatch.setattr(tasks, "TASKS", TASKS := dict(tasks.TASKS))
     monkeypatch.setitem(DATASETS, "whistles", lambda rate, sizes: Whistles(rate))
-    register(Task("height", "whistles", "class", "low or high", tasks.classes_in("height")), Task("again", "whistles", "retrieval", "the other half", tasks.itself))
+    register(Task("height", "whistles", "class", "low or high", tasks.classes_in("height")),
+             Task("again", "whistles", "retrieval", "the other half", tasks.itself))
     answers = evaluate.evaluate(zoo.new_encoder("mfcc:8k"), "whistles", SIZES, progress=False)
-    assert list(TASKS)[-2:] == ["whistles.height", "whistles.again"] and [answer.task.id for answer in answers] == ["whistles.height", "whistles.again"]
+    assert list(TASKS)[-2:] == [answer.task.id for answer in answers] == ["whistles.height", "whistles.again"]
     assert answers[0].scored().interval(100).mean == 1 and answers[0].groups.tolist() == [i // 2 for i in range(40, 60)]
     row = evaluate.table({"MFCC": answers}, first_only=True, resamples=100).iloc[0]
     assert (row.task, row.n) == ("whistles.height", 20) and len(evaluate.from_record(*evaluate.as_record(answers))) == 2
@@ -148,14 +151,16 @@ def test_a_store_at_another_rate_is_a_trap(monkeypatch):
 @pytest.mark.parametrize("kind", ["tags", "class", "number", "beats"])
 def test_a_budget_is_exact_nested_and_within_its_ids(kind):
     rng, n = np.random.default_rng(0), 1000
-    y = {"tags": (rng.random((n, 22)) < .1).astype(np.uint8), "class": rng.integers(0, 7, n), "number": rng.normal(size=(n, 2)), "beats": [np.array([0., 1.])] * n}[kind]
+    y = {"tags": (rng.random((n, 22)) < .1).astype(np.uint8), "class": rng.integers(0, 7, n), "number": rng.normal(size=(n, 2)),
+         "beats": [np.array([0., 1.])] * n}[kind]
     truth, ids = Truth(y, rng.random(n) < .9), rng.permutation(n)[:700]
     usable, shares = ids[truth.known[ids]], (.001, .01, .02, .1, .5, 1.)
     taken = [budget(truth, ids, share) for share in shares]
     assert [len(some) for some in taken] == [max(1, int(share * len(usable) + .5)) for share in shares]
     for some, more in zip(taken, taken[1:]): assert np.isin(some, more).all()
     assert np.isin(taken[-1], usable).all() and (np.diff(taken[-1]) > 0).all()
-    assert (budget(truth, ids, .1, seed=1) != taken[3]).any() and (budget(truth, np.sort(ids), .1) == taken[3]).all() # the order they come in is nothing
+    assert (budget(truth, ids, .1, seed=1) != taken[3]).any()
+    assert (budget(truth, np.sort(ids), .1) == taken[3]).all() # the order they come in is nothing
     if kind == "class": assert [len(set(y[some])) for some in taken] == [1, 6, 7, 7, 7, 7] and len(taken[1]) == 6 # as many as there is room for
     for share in (0, -.1, 1.1):
         with pytest.raises(ValueError, match="wanted 0 < fraction <= 1"): budget(truth, ids, share)
@@ -167,7 +172,8 @@ def test_every_class_is_there_when_there_is_room(monkeypatch):
     y = rng.permutation(np.concatenate([np.repeat(np.arange(10), 199), [10] * 7, [11] * 3]))
     truth, ids = Truth(y, np.ones(len(y), bool)), np.arange(len(y))
     assert all(set(y[budget(truth, ids, .01, seed)]) == set(range(12)) for seed in range(5))
-    monkeypatch.setattr(tasks, "label_subset", lambda labels, share, seed: np.sort(np.random.default_rng(seed).permutation(len(labels))[:round(share * len(labels))]))
+    def by_lot(labels, share, seed): return np.random.default_rng(seed).permutation(len(labels))[:round(share * len(labels))]
+    monkeypatch.setattr(tasks, "label_subset", by_lot)
     assert not any(set(y[budget(truth, ids, .01, seed)]) == set(range(12)) for seed in range(5))
 
 

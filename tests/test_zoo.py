@@ -73,12 +73,15 @@ def test_a_class_without_a_name_makes_no_file(tmp_path):
 
 
 def test_the_newest_checkpoint_of_a_run_is_taken(tmp_path):
-    for step, seed in ((2, 1), (10, 2)): save_encoder(tmp_path / "run" / f"step-{step:08d}" / "model.safetensors", new_encoder("samplecnn:8k-eighth", seed))
+    for step, seed in ((2, 1), (10, 2)):
+        save_encoder(tmp_path / "run" / f"step-{step:08d}" / "model.safetensors", new_encoder("samplecnn:8k-eighth", seed))
     assert torch.equal(load_encoder("run")(WAVE).clip, load_encoder("samplecnn:8k-eighth", 2)(WAVE).clip)
 
 
 def test_another_text_is_another_encoder(tmp_path, monkeypatch):
-    """Features are kept under their encoder's fingerprint; code without weights shows no other difference. Mutation: a module named after its file alone."""
+    """Features are kept under their encoder's fingerprint; code without weights shows no other difference.
+
+    Mutation: a module named after its file alone."""
     file, other = tmp_path / "bands.py", BANDS.replace("square()", "abs()")
     def loaded(text):
         file.write_text(text)
@@ -151,7 +154,8 @@ def write_wrong_files(folder):
     save_weights(folder / "later.safetensors", encoder, {"encoder": {**named, "settings": {**named["settings"], "squeeze": True}}})
     (folder / "junk.safetensors").write_text("not a file of weights")
     (folder / "empty").mkdir()
-    (folder / "wrong.py").write_text(BANDS + "\nclass Flat(torch.nn.Module):\n    sample_rate, hop, dim = 8000, 1, 1\n    def forward(self, wave): return wave\n"
+    (folder / "wrong.py").write_text(BANDS + "\nclass Flat(torch.nn.Module):\n    sample_rate, hop, dim = 8000, 1, 1\n"
+                                     "    def forward(self, wave): return wave\n"
                                      "\nclass Wanting(Flat):\n    def __init__(self, size): super().__init__()\n")
     (folder / "typo.py").write_text("class Bands(:\n")
     (folder / "needs.py").write_text("import nobody_has_this\n")
@@ -192,7 +196,8 @@ def test_what_cannot_be_is_said_in_a_line(given, tmp_path, capsys):
 
 @pytest.mark.parametrize("given, message", [
     (["--tasks", "scorebox.smell"], "there is no task 'scorebox.smell'; there are the data sets scorebox, notes and the tasks scorebox.tags"),
-    (["--profile", "lapotp"], "profile 'lapotp' is not in settings.ini; it has test"), (["--grid", "large"], "got grid 'large', wanted one of short")])
+    (["--profile", "lapotp"], "profile 'lapotp' is not in settings.ini; it has test"),
+    (["--grid", "large"], "got grid 'large', wanted one of short")])
 def test_other_mistakes_of_a_call(given, message, capsys, monkeypatch):
     monkeypatch.setattr("musicssl.evaluate.stored_features", lambda encoder, *rest, **how: SimpleNamespace(layers=np.zeros((1, 1, 1))))
     monkeypatch.setattr("musicssl.evaluate.open_dataset", lambda *given: Silence())
@@ -233,13 +238,14 @@ def embed(*words): return reproduce.main(["embed", "music", *words])
 def test_the_command_embeds_a_folder_and_says_so(music, tmp_path):
     """In a process of its own."""
     program = "import sys; from musicssl.reproduce import main; sys.exit(main(sys.argv[1:]))"
-    done = subprocess.run([sys.executable, "-c", program, "embed", "music", "--encoder", "bands.py:Bands", "--out", "out", "--window", "1", "--bad", ".3"],
-                          cwd=tmp_path, env=os.environ, capture_output=True, text=True, timeout=120)
+    words = ["embed", "music", "--encoder", "bands.py:Bands", "--out", "out", "--window", "1", "--bad", ".3"]
+    done = subprocess.run([sys.executable, "-c", program, *words], cwd=tmp_path, env=os.environ, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     heard = frozen.open_features(tmp_path / "out")
     assert [*heard.n_windows] == [1, 3, 2] and heard.layers.shape == (6, 1, 4)
     assert "3 tracks, 6 windows; 1 layers of 4, clip vectors of 4\nin out\n1 files left out\n  broken.wav: UnreadableAudio" in done.stdout
-    with open(tmp_path / "out" / "tracks.csv", newline="") as file: assert [row["file"] for row in csv.DictReader(file)] == ["deep/short.flac", "long.wav", "other.wav"]
+    with open(tmp_path / "out" / "tracks.csv", newline="") as file:
+        assert [row["file"] for row in csv.DictReader(file)] == ["deep/short.flac", "long.wav", "other.wav"]
     wave = torch.from_numpy(soundfile.read(music / "long.wav", dtype="float32")[0])[None, 8000:16_000]
     np.testing.assert_allclose(heard.clip[2], load_encoder("bands.py:Bands")(wave).clip[0], atol=1e-4)
 
