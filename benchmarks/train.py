@@ -1,11 +1,12 @@
 """Does a training step waste time or memory? The loss, SampleCNN's step, heads and checkpoints, against what one would otherwise write.
 
-    python benchmarks/train.py [--quick] [--json] [--only P8 P13 P15 P22] [--device cuda]
+    python benchmarks/train.py [--quick] [--json] [--only P8 P13 P14 P15 P22] [--device cuda]
 
 P8   CLMR's step on one core against the official modules: convolution, batch norm, ReLU, pooling, two passes, the same weights
 P9   the same in bf16 on a GPU (--device cuda), views resident: its share of what the memory's speed allows, and against the official modules in fp32
 P13  heads on masked frames only against heads on all frames, of which the loss then takes the masked ones; the head alone, a plain one of the
      size in the paper, on random frames
+P14  MusiCoder's encoder, four layers of 768, forward on one core: fused attention against the formula of attention written out
 P15  NT-Xent with its gradient, on one core, against the loss CLMR's code calls and against one masked matrix
 P22  a checkpoint against torch.save of the same tensors: time, memory beyond the state, share of training time at the default interval
 
@@ -32,6 +33,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from types import ModuleType
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +41,7 @@ from torch import Tensor, nn
 
 from musicssl.audio import Batch
 from musicssl.checkpoint import full_state, load_checkpoint, save_checkpoint
+from musicssl.encoders.frames import FrameTransformer, attend
 from musicssl.encoders.samplecnn import SampleCNN
 from musicssl.meter import copy_limit
 from musicssl.objectives.clmr import CLMR, nt_xent
@@ -60,15 +63,16 @@ class Size:
     pairs: int # in a step of P8
     gpu_pairs: int # in a step of P9
     frames: tuple[int, int] # clips and frames of each in P13
+    encoders: str # preset of P14
     losses: tuple[int, int, int] # pairs in P15
     state: int # MB of tensors in P22, about
     step: tuple[str, int] # preset and pairs of the step that P22's interval is counted in
     children: int # processes whose memory is measured in P22
 
 
-SIZES = {"full": Size(None, "paper", 4, 256, (4, 374), (512, 2048, 4096), 256, ("8k-quarter", 48), 3),
-         "quick": Size(3, "paper", 2, 256, (2, 374), (512, 2048, 4096), 128, ("8k-quarter", 48), 1),
-         "test": Size(1, "toy", 2, 2, (2, 20), (16, 520, 1040), 12, ("toy", 2), 1)}
+SIZES = {"full": Size(None, "paper", 4, 256, (4, 374), "base", (512, 2048, 4096), 256, ("8k-quarter", 48), 3),
+         "quick": Size(3, "paper", 2, 256, (2, 374), "base", (512, 2048, 4096), 128, ("8k-quarter", 48), 1),
+         "test": Size(1, "toy", 2, 2, (2, 20), "tiny", (16, 520, 1040), 12, ("toy", 2), 1)}
 
 
 def random(*shape: int, device: str = "cpu") -> Tensor:
@@ -286,6 +290,35 @@ def masked_only(size: Size) -> list[Row]:
     return rows
 
 
+# P14: attention
+
+CLIPS = {128: (8, .98), 512: (4, 1.15), 1500: (1, 1.3)} # frames of a clip: clips in a batch, and how much faster the target wants it
+
+
+def written_out_in(encoder: FrameTransformer, frames: Tensor) -> Tensor:
+    """The same network with the same weights, whose attention is the formula."""
+    with patch.object(F, "scaled_dot_product_attention", lambda q, k, v, mask, dropout: attend(q, k, v, mask)): return encoder.encode(frames)
+
+
+def near(what: str, found: Tensor, expected: Tensor) -> None:
+    off = float((found - expected).abs().max())
+    if not off <= 1e-5: raise Disagreement(f"{what}: a number is {off:.1e} away, wanted at most 1e-05")
+
+
+@torch.no_grad()
+def attention(size: Size) -> list[Row]:
+    """P14."""
+    torch.manual_seed(0)
+    encoder, rows = FrameTransformer.preset(size.encoders).eval(), []
+    for length, (clips, faster) in CLIPS.items():
+        frames = random(clips, length, 324)
+        near(f"{length} frames", encoder.encode(frames), written_out_in(encoder, frames))
+        times = paired({"ours": lambda: encoder.encode(frames), "theirs": lambda: written_out_in(encoder, frames)}, size.rounds)
+        said = f"{1e3 * median(times['theirs']) / clips:,.0f} and {1e3 * median(times['ours']) / clips:,.0f} ms a clip"
+        rows.append(row("P14", f"{clips} x {length:,} frames: written out : fused", times["theirs"], times["ours"], at_least=faster, note=said))
+    return rows
+
+
 # P22: checkpoints
 
 RUN = {"config": {"schedule": "constant"}} # what a checkpoint says it is of
@@ -389,16 +422,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--quick", dest="size", action="store_const", const="quick", default="full", help="within minutes")
     parser.add_argument("--size", choices=SIZES, help="test: to see that everything runs, P9 on a CPU too if asked for")
     parser.add_argument("--json", action="store_true", help="one object by target instead of the table")
-    parser.add_argument("--only", nargs="+", choices=("P8", "P9", "P13", "P15", "P22"), help="default: all but P9 on the CPU, P9 on a GPU")
+    parser.add_argument("--only", nargs="+", choices=("P8", "P9", "P13", "P14", "P15", "P22"), help="default: all but P9 on the CPU, P9 on a GPU")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: P9")
     given = parser.parse_args(arguments)
-    only, size, rows = given.only or (["P9"] if given.device == "cuda" else ["P8", "P13", "P15", "P22"]), SIZES[given.size], []
+    only, size, rows = given.only or (["P9"] if given.device == "cuda" else ["P8", "P13", "P14", "P15", "P22"]), SIZES[given.size], []
     torch.set_num_threads(1)
     if "P9" in only and given.size != "test" and not (given.device == "cuda" and torch.cuda.is_available()): only = [id for id in only if id != "P9"]
     if "P9" not in only: print("P9: skipped, it needs a GPU and --device cuda", file=sys.stderr)
     if "P8" in only: rows += samplecnn(size)
     if "P9" in only: rows += on_gpu(size, given.device)
     if "P13" in only: rows += masked_only(size)
+    if "P14" in only: rows += attention(size)
     if "P15" in only: rows += losses(size)
     with tempfile.TemporaryDirectory() as folder:
         if "P22" in only: rows += checkpoints(Path(folder), size)

@@ -150,12 +150,13 @@ TRAINING = ["--size", "test", "--json", "--only"]
 
 def test_the_benchmark_of_the_training_step_as_json(capsys, monkeypatch):
     monkeypatch.setattr(train, "in_a_child", lambda which, size: [train.beyond_the_state(which, size.state)])
-    train.main([*TRAINING, "P8", "P13", "P15", "P22"])
+    train.main([*TRAINING, "P8", "P13", "P14", "P15", "P22"])
     said = capsys.readouterr()
     found = json.loads(said.out)
     targets = lambda id: sorted(row["at_least"] or row["at_most"] for row in found[id]["rows"] if row["at_least"] or row["at_most"])
-    assert list(found) == ["P8", "P13", "P15", "P22"] and "P9: skipped" in said.err
+    assert list(found) == ["P8", "P13", "P14", "P15", "P22"] and "P9: skipped" in said.err
     assert targets("P8") == [.95] and targets("P13") == [.55, .55, .97, .97] and targets("P15") == [1 / 40, 1 / 6, 2.3, 3., 100.]
+    assert targets("P14") == [.98, 1.15, 1.3]
     assert targets("P22") == ([.05, .2, 1.5] if sys.platform == "linux" else [.05, 1.5])
 
 
@@ -198,8 +199,14 @@ def rounded_weights(monkeypatch):
                         lambda folder, weights, *rest, right=train.save_checkpoint, **more: right(folder, rounded(weights), *rest, **more))
 
 
-FAULTS = {"P8": another_temperature, "P13": heads_that_mix_frames, "P15": half_the_gradient, "P22": rounded_weights}
-WORDS = {"P8": "SimCLR step of SampleCNN: the loss", "P13": "the head alone: the loss", "P15": "16 pairs, .*: the gradient",
+def attention_that_hears_less(monkeypatch): # the last frame is never listened to
+    last_unheard = lambda q, k, v, mask, right=train.attend: right(q, k, v, torch.arange(k.shape[2]) < k.shape[2] - 1)
+    monkeypatch.setattr(train, "attend", last_unheard)
+
+
+FAULTS = {"P8": another_temperature, "P13": heads_that_mix_frames, "P14": attention_that_hears_less, "P15": half_the_gradient,
+          "P22": rounded_weights}
+WORDS = {"P8": "SimCLR step of SampleCNN: the loss", "P13": "the head alone: the loss", "P14": "128 frames: a number is", "P15": "16 pairs, .*: the gradient",
          "P22": "the weights read back"}
 
 
@@ -211,7 +218,7 @@ def test_a_step_that_disagrees_is_not_timed(id, monkeypatch):
     FAULTS[id](monkeypatch)
     monkeypatch.setattr(train, "paired", timed)
     with pytest.raises(paired.Disagreement, match=WORDS[id]): train.main([*TRAINING, id])
-    for check in ("agree", "same_again"): monkeypatch.setattr(train, check, lambda *given: None)
+    for check in ("agree", "near", "same_again"): monkeypatch.setattr(train, check, lambda *given: None)
     with pytest.raises(Timed): train.main([*TRAINING, id])
 
 
@@ -276,7 +283,7 @@ def test_peak_memory_counts_what_is_alive_together():
 def test_memory_while_writing_is_seen(monkeypatch):
     """The mutation: a checkpoint that is first put together in memory."""
     import io
-    assert train.in_a_child("ours", train.Size(None, "toy", 2, 2, (2, 20), (16, 520, 1040), 64, ("toy", 2), 1))[0] < .2
+    assert train.in_a_child("ours", train.Size(None, "toy", 2, 2, (2, 20), "tiny", (16, 520, 1040), 64, ("toy", 2), 1))[0] < .2
     def gathered(folder, weights, moments):
         def save():
             torch.save((weights, moments), whole := io.BytesIO())
