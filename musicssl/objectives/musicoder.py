@@ -52,6 +52,10 @@ def frame_budget(
     "How many frames are hidden: rounded, at least one where there is one."
     return (share * n_frames.double()).round().long().clamp_min(1).minimum(n_frames)
 
+def _take(x: Tensor, at: Tensor) -> Tensor: # (B, N, C), frames (B, M) to (B, M, C)
+    flat = at + x.shape[1] * torch.arange(len(x), device=x.device)[:, None]
+    return x.flatten(0, 1).index_select(0, flat.flatten()).unflatten(0, at.shape)
+
 class Spans(NamedTuple):
     "Which frames are hidden, by what, and what is shown instead."
     number: Tensor # (B, N) int64, the span that hides a frame, counted in the order of drawing; -1: none does
@@ -62,8 +66,7 @@ class Spans(NamedTuple):
         frames: Tensor, # (B, N, C) clean
     ) -> Tensor: # (B, N, C), a copy
         "What the network sees."
-        moved = frames.gather(1, self.source[..., None].expand_as(frames))
-        return moved.masked_fill((self.policy == ZERO)[..., None], 0)
+        return _take(frames, self.source).mul_((self.policy != ZERO)[..., None])
 
 # %% ../../nbs/62_musicoder.ipynb #cb00c8e4
 def cfm_mask(
@@ -117,18 +120,23 @@ class Masked(NamedTuple):
     frames: Tensor # (B, N) bool, hidden by CFM
     channels: Tensor # (B, C) bool, hidden by CCM
     valid: Tensor # (B, N) bool, no padding
-    at: Tensor | None # (B, M) int64, frames of each row that hold all that is hidden; None: any may
+    at: Tensor # (B, M) int64, the hidden frames of each row; where it has fewer than M, others follow
+
+    @property
+    def rest(self) -> Tensor: # (B, N, C) bool
+        "Hidden channels outside of hidden frames."
+        return self.channels[:, None] & (self.valid & ~self.frames)[..., None]
 
     @property
     def selected(self) -> Tensor: # (B, N, C) bool
-        "The positions the loss asks about: hidden frames with all their channels, hidden channels at all times."
-        return self.frames[..., None] | self.channels[:, None] & self.valid[..., None]
+        "All the loss asks about: hidden frames with all their channels, and the rest."
+        return self.frames[..., None] | self.rest
 
-    def asked(self,
-        x: Tensor, # (B, N, C or 1 or H)
+    def hidden(self,
+        x: Tensor, # (B, N, any)
     ) -> Tensor: # (B, M, the same)
-        "Only the frames that the loss asks about."
-        return x if self.at is None else x.gather(1, self.at[..., None].expand(-1, -1, x.shape[-1]))
+        "Only the frames of `at`."
+        return _take(x, self.at)
 
 # %% ../../nbs/62_musicoder.ipynb #b4469571
 def hide(
@@ -143,13 +151,13 @@ def hide(
     "Draw masks and apply them; a row's depend on its seed and its length alone."
     B, N, C = frames.shape
     seeds, valid = seeds.to(frames.device), torch.arange(N, device=frames.device) < n_frames[:, None]
-    hidden, channels, shown, at = torch.zeros_like(valid), torch.zeros(B, C, dtype=torch.bool, device=frames.device), frames, None
+    hidden, channels, shown = torch.zeros_like(valid), torch.zeros(B, C, dtype=torch.bool, device=frames.device), frames
     if objective != "ccm":
         spans = cfm_mask(n_frames, N, seeds, span=span)
         hidden, shown = spans.number >= 0, spans.shown(frames)
     if objective != "cfm": channels = ccm_mask(columns, seeds, ccm_scope)
-    else: at = hidden.sort(dim=1, descending=True, stable=True).indices[:, :int(frame_budget(torch.tensor(N)))]
-    return Masked(frames, shown.masked_fill(channels[:, None], 0), hidden, channels, valid, at)
+    at = hidden.sort(dim=1, descending=True, stable=True).indices[:, :int(frame_budget(torch.tensor(N)))]
+    return Masked(frames, shown * ~channels[:, None], hidden, channels, valid, at)
 
 # %% ../../nbs/62_musicoder.ipynb #b910278b
 def huber(
@@ -157,28 +165,29 @@ def huber(
     target: Tensor, # (..., C)
     selected: Tensor, # bool, broadcasts to (..., C): the positions that count
     delta: float = 1., # where the parabola ends
-    gather: Callable[[Tensor], Tensor] | None = None, # (1,) of this device to (W, 1) of all
+    count: Tensor | None = None, # scalar to divide the sum by; None: how many are selected
 ) -> Tensor: # scalar, float32 or better; 0 when nothing is selected
-    "Mean price over the selected positions of the whole batch; the mean over devices is that of one device with all rows."
+    "Mean price over the selected positions."
     wide = torch.promote_types(prediction.dtype, torch.float32)
-    count, target = selected.expand_as(prediction).sum(), target.to(wide)
-    everywhere = count[None] if gather is None else gather(count[None])
+    target = target.to(wide)
+    if count is None: count = selected.expand_as(target).sum()
     price = F.huber_loss(prediction.to(wide).where(selected, target), target, reduction="sum", delta=delta)
-    return price * (len(everywhere) / everywhere.sum().clamp_min(1))
+    return price / count.to(wide).clamp_min(1e-6)
 
 # %% ../../nbs/62_musicoder.ipynb #91f43959
 def interpolate(
     frames: Tensor, # (B, N, C) as shown to the network
     known: Tensor, # (B, N) bool, frames that are neither hidden nor padding
-) -> Tensor: # (B, N, C) known frames as they are, straight lines between them; 0 in a row without any
-    "Guess hidden frames from the nearest known ones, in time alone."
+    at: Tensor, # (B, M) int64, which frames to guess
+) -> Tensor: # (B, M, C); a known frame as it is; 0 in a row without any
+    "Guess frames from the nearest known ones, in time alone."
     last, frame = frames.shape[1] - 1, torch.arange(frames.shape[1], device=frames.device)
     before = frame.where(known, -1).cummax(1).values
     after = frame.where(known, last + 1).flip(1).cummin(1).values.flip(1)
     left, right = before.where(before >= 0, after).clamp_max(last), after.where(after <= last, before).clamp_min(0)
-    weight = (frame - left) / (right - left).clamp_min(1)
-    ends = [frames.gather(1, end[..., None].expand_as(frames)) for end in (left, right)]
-    return torch.lerp(*ends, weight[..., None].to(frames.dtype)).where(known.any(1)[:, None, None], 0)
+    weight = ((frame - left) / (right - left).clamp_min(1)).gather(1, at)[..., None]
+    ends = [_take(frames, end.gather(1, at)) for end in (left, right)]
+    return torch.lerp(*ends, weight.to(frames.dtype)) * known.any(1)[:, None, None]
 
 # %% ../../nbs/62_musicoder.ipynb #5f57f28e
 class Head(nn.Sequential):
@@ -191,16 +200,24 @@ class Head(nn.Sequential):
         for linear in (self[0], self[3]): nn.init.normal_(linear.weight, std=.02), nn.init.zeros_(linear.bias)
 
 # %% ../../nbs/62_musicoder.ipynb #5990bda8
-def _losses(masked: Masked, guess: Tensor, delta: float, gather: Callable[[Tensor], Tensor] | None) -> dict[str, Tensor]:
-    clean, cfm, valid = masked.asked(masked.clean), masked.asked(masked.frames[..., None]), masked.asked(masked.valid[..., None])
-    ccm = masked.channels[:, None] & valid
-    price = lambda guess, selected: huber(guess, clean, selected, delta, gather)
+def _losses(masked: Masked, of_hidden: Tensor, guess: Tensor, delta: float, gather: Callable[[Tensor], Tensor] | None) -> dict[str, Tensor]:
+    "From guesses (B, M, C) at hidden frames, and (B, N, C) at all or, where no channel is hidden, (B, 0, C) at none."
+    clean, sure = masked.hidden(masked.clean), masked.hidden(masked.frames[..., None])
+    everywhere, rest = masked.clean[:, :guess.shape[1]], masked.rest[:, :guess.shape[1]]
+    outside = (masked.valid & ~masked.frames).sum(1) * masked.channels.sum(1)
+    counts = torch.stack([clean.shape[2] * masked.frames.sum(), outside.sum(), clean.shape[2] * masked.valid.sum()]).double()
+    by_cfm, by_ccm, whole = (counts if gather is None else gather(counts).mean(0)).to(clean.dtype)
+    both = by_cfm + by_ccm
+    def shares(of_hidden: Tensor, guess: Tensor) -> tuple[Tensor, Tensor]: # in the loss
+        return huber(of_hidden, clean, sure, delta, both), huber(guess, everywhere, rest, delta, both)
+
+    cfm, ccm = shares(of_hidden, guess)
     with torch.no_grad():
-        line = masked.asked(interpolate(masked.shown, masked.valid & ~masked.frames))
-        parts = {"cfm_loss": price(guess, cfm), "ccm_loss": price(guess, ccm),
-                 "zero_loss": price(torch.zeros_like(clean), cfm | ccm), "interpolation_loss": price(line, cfm),
-                 "masked": masked.selected.sum() / (masked.valid.sum() * clean.shape[2])}
-    return {"loss": price(guess, cfm | ccm), **parts}
+        line = interpolate(masked.shown, masked.valid & ~masked.frames, masked.at)
+        reports = {"cfm_loss": cfm * both / by_cfm.clamp_min(1e-6), "ccm_loss": ccm * both / by_ccm.clamp_min(1e-6),
+                "zero_loss": sum(shares(torch.zeros_like(clean), torch.zeros_like(everywhere))),
+                "interpolation_loss": huber(line, clean, sure, delta, by_cfm), "masked": both / whole}
+    return {"loss": cfm + ccm, **reports}
 
 # %% ../../nbs/62_musicoder.ipynb #405247eb
 class MusiCoder(nn.Module, Presets):
@@ -241,7 +258,9 @@ class MusiCoder(nn.Module, Presets):
 
     def forward(self,
         batch: Batch, # as for `listen`
-    ) -> dict[str, Tensor]: # scalars: "loss", "cfm_loss", "ccm_loss", "zero_loss", "interpolation_loss"; "masked", share of all values
+    ) -> dict[str, Tensor]: # scalars: "loss"; "cfm_loss", "ccm_loss"; "zero_loss", "interpolation_loss"; "masked", share of all values
         "Score the guesses at what was hidden; where nothing of a kind was, its loss is 0."
         masked, last = self.listen(batch)
-        return _losses(masked, self.head(masked.asked(last)), self.delta, self.gather)
+        guess = self.head(masked.hidden(last) if self.objective == "cfm" else last)
+        parts = (guess, guess[:, :0]) if self.objective == "cfm" else (masked.hidden(guess), guess)
+        return _losses(masked, *parts, self.delta, self.gather)
