@@ -17,7 +17,7 @@ ORDER = ["settings", "files", "compat", "audio",
          "optim", "devices", "checkpoint", "zoo", "meter", "update", "train",
          "probe.metrics", "probe.intervals", "probe.frozen", "probe.logistic", "probe.readouts", "probe.beats", "probe.tasks", "probe.finetune",
          "probe.robustness", "records", "report", "evaluate",
-         "experiments.floors", "experiments.scorebox", "experiments.clmr", "cluster", "reproduce"]
+         "experiments.floors", "experiments.scorebox", "experiments.clmr", "experiments.musicoder", "cluster", "reproduce"]
 # Rooms that know no paper: no network, objective or experiment may enter, only the contract of an encoder.
 PAPERLESS = {"optim", "devices", "checkpoint", "zoo", "meter", "update", "train", "records", "report",
              *(f"probe.{room}" for room in ("metrics", "intervals", "frozen", "logistic", "readouts", "beats", "tasks", "finetune", "robustness"))}
