@@ -19,7 +19,7 @@ from musicssl.data.loader import Loader
 from musicssl.devices import share
 from musicssl.encoders.frames import FrameTransformer
 from musicssl.features.frames import COLUMNS
-from musicssl.objectives.musicoder import KEEP, REPLACE, ZERO, MusiCoder, ccm_mask, cfm_mask, frame_budget, hide, huber, span_law, span_lengths
+from musicssl.objectives.musicoder import KEEP, REPLACE, ZERO, MusiCoder, ccm_mask, cfm_mask, hide, huber, span_law, span_lengths
 from musicssl.train import TrainConfig, fit, largest_batch
 from musicssl.update import read_batch
 
@@ -292,7 +292,8 @@ def test_padding_leaves_loss_gradient_and_outputs(kind):
         parts = objective(some)
         parts["loss"].backward()
         masked, last = objective.listen(some)
-        found.append((torch.stack(list(parts.values())), torch.cat([p.grad.flatten() for p in objective.parameters()]), last[:, :44][masked.valid[:, :44]]))
+        gradient = torch.cat([p.grad.flatten() for p in objective.parameters()])
+        found.append((torch.stack(list(parts.values())), gradient, last[:, :44][masked.valid[:, :44]]))
     for one, two in zip(*found): torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-4)
     assert abs(objective(Batch(wave=long.wave, seeds=seeds(4)))["loss"] - found[0][0][0]) > 1e-4, "the mutation: lengths that nobody heeds"
 
@@ -320,8 +321,8 @@ def test_the_head_stays_behind(tmp_path):
 
 # The objective
 
-@pytest.mark.parametrize("options, words", [({"objective": "mfm"}, "got 'mfm'"), ({"span": 0}, "span 0"), ({"span": "even"}, "span 'even'"),
-                                            ({"ccm_scope": "all"}, "scope 'all'")])
+@pytest.mark.parametrize("options, words", [({"objective": "mfm"}, "the objective 'mfm'"), ({"span": 0}, "span 0"), ({"span": "even"}, "span 'even'"),
+                                            ({"ccm_scope": "all"}, "the scope 'all'")])
 def test_unknown_settings_are_refused(options, words):
     with pytest.raises(ValueError, match=words): MusiCoder(ranks.Small(), **options)
 
@@ -348,9 +349,9 @@ def test_reports_by_definition(kind):
     line = torch.stack([torch.stack([straight_line(shown, known, t) for t in range(40)]) for shown, known in
                         zip(masked.shown, [row.nonzero()[:, 0].tolist() for row in masked.valid & ~masked.frames])])
     cfm, zero = masked.frames[..., None].expand_as(clean), torch.zeros_like(clean)
-    wanted = {"loss": huber(guess, clean, masked.selected), "cfm_loss": huber(guess, clean, cfm), "ccm_loss": huber(guess, clean, masked.selected & ~cfm),
-              "zero_loss": huber(zero, clean, masked.selected), "interpolation_loss": huber(line, clean, cfm),
-              "masked": masked.selected.sum() / (16 * masked.valid.sum())}
+    wanted = {"loss": huber(guess, clean, masked.selected), "cfm_loss": huber(guess, clean, cfm),
+              "ccm_loss": huber(guess, clean, masked.selected & ~cfm), "zero_loss": huber(zero, clean, masked.selected),
+              "interpolation_loss": huber(line, clean, cfm), "masked": masked.selected.sum() / (16 * masked.valid.sum())}
     assert parts.keys() == wanted.keys()
     for name, value in wanted.items(): torch.testing.assert_close(parts[name], value.double(), atol=1e-7, rtol=1e-6)
     assert (parts["cfm_loss"] == 0) == (kind == "ccm") and (parts["ccm_loss"] == 0) == (kind == "cfm")

@@ -124,7 +124,7 @@ class Masked(NamedTuple):
 
     @property
     def rest(self) -> Tensor: # (B, N, C) bool
-        "Hidden channels outside of hidden frames."
+        "Positions of hidden channels outside of hidden frames."
         return self.channels[:, None] & (self.valid & ~self.frames)[..., None]
 
     @property
@@ -191,7 +191,7 @@ def interpolate(
 
 # %% ../../nbs/62_musicoder.ipynb #5f57f28e
 class Head(nn.Sequential):
-    """From a frame of the last layer to features: linear, GELU, normalisation, linear. Source: MusiCoder; the order: ours, as its descendants have it."""
+    """From a frame of the last layer to features. Source: MusiCoder, *reconstruction*; the order of its parts: as its descendants have it."""
     def __init__(self,
         dim: int, # H, width of the encoder
         out: int = 324, # C, features of a frame
@@ -215,9 +215,14 @@ def _losses(masked: Masked, of_hidden: Tensor, guess: Tensor, delta: float, gath
     with torch.no_grad():
         line = interpolate(masked.shown, masked.valid & ~masked.frames, masked.at)
         reports = {"cfm_loss": cfm * both / by_cfm.clamp_min(1e-6), "ccm_loss": ccm * both / by_ccm.clamp_min(1e-6),
-                "zero_loss": sum(shares(torch.zeros_like(clean), torch.zeros_like(everywhere))),
-                "interpolation_loss": huber(line, clean, sure, delta, by_cfm), "masked": both / whole}
+                   "zero_loss": sum(shares(torch.zeros_like(clean), torch.zeros_like(everywhere))),
+                   "interpolation_loss": huber(line, clean, sure, delta, by_cfm), "masked": both / whole}
     return {"loss": cfm + ccm, **reports}
+
+def _check(objective: str, span: str | int, ccm_scope: str) -> None:
+    if objective not in ("both", "cfm", "ccm"): raise ValueError(f"got the objective {objective!r}, wanted 'both', 'cfm' or 'ccm'")
+    if span != "geometric" and not (isinstance(span, int) and span >= 1): raise ValueError(f"got span {span!r}, wanted 'geometric' or 1 and more")
+    if ccm_scope not in ("type", "joint"): raise ValueError(f"got the scope {ccm_scope!r}, wanted 'type' or 'joint'")
 
 # %% ../../nbs/62_musicoder.ipynb #405247eb
 class MusiCoder(nn.Module, Presets):
@@ -234,11 +239,10 @@ class MusiCoder(nn.Module, Presets):
         span: str | int = "geometric", # frames of a hidden span, after `span_law`; or a number: 1 for single frames
         ccm_scope: str = "type", # a run of hidden channels in each of mel and constant-Q; "joint": one in both together
         delta: float = 1., # where Huber's parabola ends
-        gather: Callable[[Tensor], Tensor] | None = None, # (1,) of this device to (W, 1) of all; lent by `train.fit`
+        gather: Callable[[Tensor], Tensor] | None = None, # (3,) counts of this device to (W, 3) of all; lent by `train.fit`
     ):
         super().__init__()
-        if objective not in ("both", "cfm", "ccm") or ccm_scope not in ("type", "joint") or span != "geometric" and not (isinstance(span, int) and span > 0):
-            raise ValueError(f"got {objective!r}, span {span!r} and scope {ccm_scope!r}, wanted both, cfm or ccm, geometric or frames, type or joint")
+        _check(objective, span, ccm_scope)
         self.encoder, self.objective, self.span, self.ccm_scope, self.delta, self.gather = encoder, objective, span, ccm_scope, delta, gather
         self.head = Head(encoder.dim, max(block.stop for block in encoder.front.columns.values()))
 
