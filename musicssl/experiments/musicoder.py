@@ -46,7 +46,7 @@ class Recipe:
     encoder: str # preset of `FrameTransformer`
     front: str # preset of `MusiCoderFrames`; decides the sample rate
     dropout: float # share left out in training, of numbers and of attention
-    crop: float # length of the pieces the network is pre-trained on, s
+    crop: float # length of the pieces that the network hears at a time, s
     batch: int # pieces in a batch
     accumulate: int # batches in an update
     steps: int # updates in pre-training
@@ -63,11 +63,13 @@ class Recipe:
 
 # %% ../../nbs/papers/2_musicoder.ipynb #12d79508
 def new_encoder(
-    config: dict, # a run's configuration: its "encoder", "front", "dropout" and "seed" are read
-) -> FrameTransformer: # with fresh weights, a function of the seed alone
+    config: dict, # a run's configuration: its "encoder", "front", "dropout", "crop" and "seed" are read
+) -> FrameTransformer: # with fresh weights, a function of the seed alone; its `n_samples` says how long the windows are that it is read out on
     """An untrained encoder."""
     torch.manual_seed(config["seed"])
-    return FrameTransformer.preset(config["encoder"], front={"preset": config["front"]}, dropout=config["dropout"], attention_dropout=config["dropout"])
+    encoder = FrameTransformer.preset(config["encoder"], front={"preset": config["front"]}, dropout=config["dropout"], attention_dropout=config["dropout"])
+    encoder.n_samples = round(config["crop"] * encoder.sample_rate)
+    return encoder
 
 def load_corpus(
     config: dict, # a run's configuration: its "clips", "seconds" and "front" are read
@@ -95,7 +97,8 @@ def pretraining(
     corpus: scorebox.Corpus, # its training clips are heard, its labels are not
 ) -> tuple[Loader, train.TrainConfig]: # what is read, and how the network is trained
     """AdamW, warm-up over 7 % of the updates, then linearly to 0. Source: the public settings of Mockingjay and TERA."""
-    batches = Loader(corpus.store, corpus.ids("train"), config["batch"], config["seed"], crop=round(config["crop"] * corpus.sample_rate), resident="auto")
+    size = round(config["crop"] * corpus.sample_rate)
+    batches = Loader(corpus.store, corpus.ids("train"), config["batch"], config["seed"], crop=size, resident="auto")
     return batches, train.TrainConfig(
         config["steps"], config["learning_rate"], "adamw", weight_decay=.01, warmup_steps=round(.07 * config["steps"]), schedule="linear",
         accumulate=config["accumulate"], precision=config["precision"], clip_norm=5., seed=config["seed"],
@@ -166,11 +169,11 @@ EXAMPLE = 15 # seed of the mask: blocks of 52 mel and 15 constant-Q channels, na
 @torch.no_grad()
 def example(
     objective: MusiCoder, # after pre-training
-    corpus: scorebox.Corpus, # its first test clip is taken
+    corpus: scorebox.Corpus, # the beginning of its first test clip is taken
 ) -> dict[str, np.ndarray]: # clean, shown, guess (N, 324) float16; frames (N,), channels (324,) bool; clip
     """What was there, what the network saw, and what it says."""
     clip, training = corpus.ids("test")[:1], objective.training
-    batch = Batch(wave=corpus.wave(clip), seeds=torch.tensor([EXAMPLE])).to(device())
+    batch = Batch(wave=corpus.wave(clip, 0, objective.encoder.n_samples), seeds=torch.tensor([EXAMPLE])).to(device())
     masked, last = objective.eval().listen(batch)
     objective.train(training)
     maps = {"clean": masked.clean, "shown": masked.shown, "guess": objective.head(last)}
@@ -200,7 +203,7 @@ def frozen(
     encoder: Encoder, # any
     config: dict, # a run's configuration; its "seed" is the read-outs'
 ) -> list[evaluate.Answer]: # to every task of `ASKED`
-    """Read out whole clips."""
+    """Read out."""
     return evaluate.evaluate(encoder, ASKED, Sizes(config["clips"], config["seconds"], 1, 1.), config["seed"], device=device(), progress=False)
 
 # %% ../../nbs/papers/2_musicoder.ipynb #19ea09dc
@@ -216,8 +219,7 @@ def tune(
     ids = {split: (rows := corpus.ids(split))[truth.known[rows]] for split in corpus.splits}
     for rate in config["encoder_rates"]:
         torch.manual_seed(config["seed"])
-        objective = finetune.FineTune(copy.deepcopy(start), task.kind, len(truth.names), n_samples=round(corpus.seconds * corpus.sample_rate),
-                                      encoder_lr=rate / config["head_rate"])
+        objective = finetune.FineTune(copy.deepcopy(start), task.kind, len(truth.names), encoder_lr=rate / config["head_rate"])
         engine = finetune.recipe(config["tune_steps"], lr=config["head_rate"], seed=config["seed"], precision=config["precision"],
                                  clip_norm=5., validate_every=config["tune_every"], checkpoint_every=config["tune_every"])
         found = finetune.fine_tune(objective, corpus, truth.y, ids["train"], ids["valid"], engine, folder / f"{task.name}-{rate:g}",
@@ -283,14 +285,14 @@ def columns(
     return _keep(frozen=frozen(Columns(config["front"]), config))
 
 # %% ../../nbs/papers/2_musicoder.ipynb #3417e8c5
-_sound = "clips", "seconds", "front"
-_game = "encoder", "dropout", "precision", "crop", "batch", "accumulate", "steps", "learning_rate", "held_out", "validate_every"
-_labels = "tune_batch", "tune_steps", "tune_every", "patience", "head_rate", "encoder_rates"
+_sound, _network = ("clips", "seconds", "front"), ("encoder", "dropout", "crop")
+_game = "precision", "batch", "accumulate", "steps", "learning_rate", "held_out", "validate_every"
+_labels = "precision", "tune_batch", "tune_steps", "tune_every", "patience", "head_rate", "encoder_rates"
 ARMS = {
-    "both": (play, (*_sound, *_game, *_labels)),
-    "scratch": (scratch, (*_sound, "encoder", "dropout", "precision", *_labels)),
-    **{arm: (play, (*_sound, *_game)) for arm in ("cfm", "ccm", "single")},
-    "random": (random, (*_sound, "encoder", "dropout")),
+    "both": (play, (*_sound, *_network, *_game, *_labels)),
+    "scratch": (scratch, (*_sound, *_network, *_labels)),
+    **{arm: (play, (*_sound, *_network, *_game)) for arm in ("cfm", "ccm", "single")},
+    "random": (random, (*_sound, *_network)),
     "columns": (columns, _sound),
 }
 
