@@ -146,6 +146,7 @@ def test_short_clips_are_left_out_or_padded(lengths):
     assert len(dropped) == 2 and dropped.left_out == len(lengths) - 2
     assert len(padded) == sum(length > 0 for length in lengths)
     for batch in padded.epoch(0): assert int((batch.wave != 0).sum()) == min(300, lengths[int(batch.ids)]) and batch.wave[0, 0] != 0
+    assert dropped(0).lengths is None and all(batch.lengths.tolist() == [min(300, lengths[int(batch.ids)])] for batch in map(padded, range(len(padded))))
     resident = Loader(ragged(*lengths), batch_size=1, crop=300, short="pad", resident="cpu")
     assert heard(resident, range(len(resident))) == heard(padded, range(len(padded)))
 

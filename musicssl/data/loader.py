@@ -285,7 +285,7 @@ class Loader:
         labels: Any = None, # (more than max(ids), C) array indexed by id
         captions: Any = None, # by id, a sentence or several: a list, or a function of the id
         crop: int | None = None, # samples of a random piece of each clip; None: whole clips, all of one length
-        short: str = "drop", # clips shorter than `crop` are left out; "pad": they end in silence
+        short: str = "drop", # clips shorter than `crop` are left out; "pad": they end in silence, and the batch says where (`lengths`)
         smaller_ok: bool = False, # True: with fewer clips than a batch, repeat clips to fill it
         window: int = 0, # shards that are shuffled together; 0: all clips are
         workers: int = 0, # processes that read ahead; 0: read when asked
@@ -307,7 +307,8 @@ class Loader:
     def __call__(self, number: int, rank: int = 0, world: int = 1) -> Batch: # rows rank, rank + world, … of the batch
         ids, wave = self.ids_of(number)[rank::world], self._reader(partial(_job, self), number, rank, world)
         labels = None if self.labels is None else self.labels[ids].float()
-        return Batch(wave=wave, labels=labels, ids=torch.as_tensor(ids), caption=_captions(self, number, rank, world))
+        lengths = torch.from_numpy(np.minimum(self.source.lengths[ids], self.samples)) if self.facts["short"] == "pad" else None
+        return Batch(wave=wave, labels=labels, ids=torch.as_tensor(ids), caption=_captions(self, number, rank, world), lengths=lengths)
 
     def epoch(self, number: int, rank: int = 0, world: int = 1) -> Iterator[Batch]: # all batches of an epoch, in order
         return (self(batch, rank, world) for batch in range(number * len(self), (number + 1) * len(self)))
