@@ -18,7 +18,9 @@ from musicssl.data.store import StoreWriter
 from musicssl.encoders.samplecnn import SampleCNN
 from musicssl.experiments import clmr
 from musicssl.features.cqt import CQT, ChromaCQT
+from musicssl.features.frames import MusiCoderFrames
 from musicssl.objectives.clmr import CLMR, nt_xent
+from musicssl.objectives.musicoder import MusiCoder, hide
 from musicssl.probe.frozen import read_features
 from musicssl.probe.tasks import Sizes
 from musicssl.train import TrainConfig, fit
@@ -108,6 +110,21 @@ def test_bf16_training_learns_and_says_how_fast(tmp_path, capsys):
     with capsys.disabled():
         print(f"\nencoder step, bf16: {pairs / min(timed[2:]):.0f} pairs/s; copy {bandwidth / 1e12:.2f} TB/s; "
               f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB on {torch.cuda.get_device_name()}")
+
+
+def test_musicoders_masks_equal_the_cpu():
+    frames, n_frames, columns = noise(6, 200 * 324).view(6, 200, 324), torch.full((6,), 200), MusiCoderFrames.preset("8k").columns
+    on_cpu, on_gpu = (hide(frames.to(device), n_frames.to(device), torch.arange(6), columns) for device in ("cpu", "cuda"))
+    for name in ("shown", "frames", "channels"): assert_close(getattr(on_gpu, name).cpu(), getattr(on_cpu, name), atol=0, rtol=0)
+
+
+def test_musicoder_base_in_bf16_learns_and_says_how_fast(tmp_path, capsys):
+    wave = noise(32, 220_500).cuda() # 10 s at 22,050 Hz
+    result = fit(MusiCoder.preset("base"), lambda step: Batch(wave=wave), TrainConfig(steps=40, lr=2e-4, precision="bf16-mixed"), tmp_path, measure=True)
+    losses = [row["loss"] for row in result.history]
+    assert losses[-1] < losses[0] and all(torch.isfinite(torch.tensor(losses)))
+    shares = [row["matrix_share"] for row in result.history[10:]]
+    with capsys.disabled(): print(f"\nMusiCoder base, bf16: {np.median(shares):.0%} of the matrix limit on {torch.cuda.get_device_name()}")
 
 
 @pytest.mark.parametrize("arm", clmr.ARMS)
