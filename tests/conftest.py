@@ -16,6 +16,16 @@ os.environ.update({
 })
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Torch on one thread: rounding depends on their number, and threads that share a core with other tests wait for each other."""
+    import torch
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def pytest_collection_modifyitems(items):
     """`pytest -n 2 --dist loadgroup`: a file stays together, for its tests share what they prepared; every notebook stands alone."""
     for item in items:

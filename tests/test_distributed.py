@@ -30,13 +30,7 @@ def ranks(tmp_path_factory):
 def found(ranks): return ranks[0]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """As the two have: augmentations calculate in float32, whose rounding depends on the number of threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread") # as the two have: augmentations calculate in float32, whose rounding depends on it
 
 
 @functools.cache

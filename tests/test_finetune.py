@@ -41,12 +41,7 @@ class Ear(nn.Module):
         return Embedding(torch.stack(layers, 1).transpose(2, 3), x.mean(2))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def corpus_of(waves):

@@ -19,12 +19,7 @@ CASES = [(name, level) for name, how in DAMAGE.items() for level in how.levels i
 NAMES = [f"{name} {level}" for name, level in CASES]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def music(n=5, seconds=1.5, rate=8000):
