@@ -13,19 +13,18 @@ ORDER = ["settings", "files", "compat", "audio",
          "data.notation", "data.abc", "data.scores", "data.sampler", "data.store", "data.arrange", "data.deal", "data.scorebox",
          "data.captions", "data.notes", "data.folder", "data.shards", "data.codes", "data.loader",
          "augment.base", "augment.linear", "augment.pitch", "augment.distortions", "augment.mixture", "augment.clmr",
-         "teachers.rvq", "teachers.codec", "teachers.kmeans",
          "encoders.base", "encoders.samplecnn", "encoders.handmade", "encoders.transformer", "encoders.frames", "encoders.pase", "encoders.framewise",
          "encoders.musicnn", "encoders.text", "encoders.mert", "objectives.clmr", "objectives.supervised", "objectives.musicoder", "objectives.workers",
          "objectives.weighting", "objectives.multitask", "objectives.coattention", "objectives.mulap", "objectives.mert",
-         "optim", "devices", "checkpoint", "zoo", "meter", "update", "train",
+         "optim", "devices", "checkpoint", "teachers.rvq", "teachers.codec", "teachers.kmeans", "zoo", "meter", "update", "train",
          "probe.metrics", "probe.intervals", "probe.frozen", "probe.logistic", "probe.readouts", "probe.beats", "probe.tasks", "probe.finetune",
          "probe.robustness", "probe.filters", "records", "report", "evaluate",
          "experiments.floors", "experiments.scorebox", "experiments.clmr", "experiments.musicoder", "experiments.multitask",
-         "experiments.mulap", "experiments.mert", "experiments.clmr_choices", "experiments.clmr_inside", "cluster", "reproduce"]
+         "experiments.mulap", "experiments.mert", "experiments.clmr_choices", "experiments.clmr_inside", "tag", "cluster", "reproduce"]
 # What networks and objectives are made of; apart from these, they do not know each other.
 PARTS = {"encoders.base", "encoders.transformer", "encoders.text", "objectives.workers", "objectives.weighting", "objectives.coattention"}
 # Rooms that know no paper: no network, objective or experiment may enter, only the contract of an encoder.
-PAPERLESS = {"optim", "devices", "checkpoint", "zoo", "meter", "update", "train", "records", "report",
+PAPERLESS = {"optim", "devices", "checkpoint", "teachers.rvq", "teachers.codec", "teachers.kmeans", "zoo", "meter", "update", "train", "records", "report",
              *(f"probe.{room}" for room in ("metrics", "intervals", "frozen", "logistic", "readouts", "beats", "tasks", "finetune", "robustness", "filters"))}
 # Rooms for reading and drawing; everything else is for training and stays light.
 DRAWING = {"report", "reproduce"}
