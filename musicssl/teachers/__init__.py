@@ -1,0 +1,1 @@
+"""Teachers: codes in place of labels, one for every moment of a clip."""
