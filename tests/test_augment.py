@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from musicssl.augment import (CLMR_CHAINS, Compose, Delay, Gain, Noise, PitchShift, PolarityInversion, RandomCrop, Transform, clmr_chain,
-                              draw_seeds, fold_in, normal, clmr_views, uniform)
+                              draw_seeds, fold_in, normal, clmr_views, single_chain, uniform)
 
 DEVICES = [torch.device("cpu"), pytest.param("cuda", marks=pytest.mark.gpu)]
 PRESERVING = {"polarity": PolarityInversion(), "noise": Noise(), "gain": Gain(), "some": Compose([PolarityInversion(.5), Noise(.5), Gain(.5)])}
@@ -139,6 +139,46 @@ def test_chains(name, noise, gain):
     for key, wanted in zip(("filter.cutoff_hz", "reverb.damping"), whole): assert (params[key] == params[key].round()).all().item() == wanted
     assert sorted(params["delay.delay_ms"].unique().tolist()) == [*range(200, 501 if name == "clmr_paper" else 500, 50)]
     assert params["pitch.cents"].min() == -700 and params["pitch.cents"].max() == 700
+
+
+NAMES = ["polarity", "noise", "gain", "filter", "delay", "pitch", "reverb"]
+
+
+@pytest.mark.parametrize("source", CLMR_CHAINS)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_single_transform_is_the_chain_s_own(name, source):
+    """It draws for a row what it draws inside the chain, from the same range, at the rate and length asked for; and it always happens."""
+    seeds = draw_seeds(2000, torch.Generator().manual_seed(2))
+    long = torch.zeros(2000, 30_000, device="meta")
+    alone, inside = (chain.augment(long, seeds)[1] for chain in (single_chain(name, 20_000, 8000, source=source), clmr_chain(source, 20_000, 8000)))
+    assert {key.split(".")[0] for key in alone} == {"crop", name} and alone.pop(f"{name}.applied").all()
+    assert all(torch.equal(value, inside[key]) for key, value in alone.items())
+
+
+def test_a_single_transform_leaves_the_rest_of_the_sound():
+    """By hand: the same crop, polarity alone. The mutation: the chain as it is, which does more."""
+    view, params = single_chain("polarity", 2000).augment(waves(), SEEDS)
+    cropped, _ = single_chain(None, 2000).augment(waves(), SEEDS)
+    whole, _ = clmr_chain(n_samples=2000).augment(waves(), SEEDS)
+    assert torch.equal(view, -cropped) and not torch.equal(whole.abs(), cropped.abs())
+    assert torch.equal(cropped, torch.stack([row[start:start + 2000] for row, start in zip(waves(), params["crop.start"])]))
+
+
+@pytest.mark.parametrize("p", [0., .4, .8, 1.])
+def test_a_single_transform_happens_as_often_as_asked(p):
+    _, params = single_chain("filter", 100, p=p).augment(torch.zeros(10_000, 200, device="meta"), draw_seeds(10_000, torch.Generator().manual_seed(2)))
+    assert abs(params["filter.applied"].double().mean().item() - p) <= 3 * (p * (1 - p) / 10_000) ** .5
+
+
+def test_every_single_chain_is_new():
+    """One chain's probability must not leak into the next."""
+    assert single_chain("pitch", p=.4).transforms[1].p == .4 and single_chain("pitch").transforms[1].p == 1. and clmr_chain().transforms[6].p == .6
+
+
+@pytest.mark.parametrize("asked, message", [({"name": "crop"}, "got 'crop', wanted None or one of polarity, "), ({"name": "gain", "p": 1.5}, "got p = 1.5"),
+                                            ({"name": "gain", "source": "v3"}, "got 'v3', wanted one of clmr_paper, ")])
+def test_single_chains_there_are_not(asked, message):
+    with pytest.raises(ValueError, match=message): single_chain(**asked)
 
 
 @pytest.mark.parametrize("sample_rate, highest", [(8000, 3600), (16_000, 4000), (22_050, 4000)])

@@ -8,7 +8,7 @@ __all__ = []
 # %% ../../nbs/40_augment.ipynb #e0f9efc1
 from .base import Compose, Gain, Noise, PolarityInversion, RandomCrop, Transform
 from .base import draw_seeds, fold_in, integers, normal, ordered, pieces_at, row_seeds, uniform
-from .clmr import CLMR_CHAINS, clmr_chain, clmr_code_v1, clmr_code_v2, clmr_paper, clmr_views
+from .clmr import CLMR_CHAINS, clmr_chain, clmr_code_v1, clmr_code_v2, clmr_paper, clmr_views, single_chain
 from .distortions import AdditiveNoise, BandDrop, Chopping, Clipping, DownSample, Overlap, pase_plus
 from .linear import Delay, Filter, Reverb, first_order, in_fours, windowed_sinc
 from .mixture import NoiseMixture
