@@ -317,6 +317,7 @@ class Batch:
     generator: torch.Generator | None = None # the only source of randomness an objective may use
     seeds: Tensor | None = None # (B,) int64, one per row, the same however many devices share the batch
     lengths: Tensor | None = None # (B,) int64, samples of each row that are sound; what follows is padding
+    codes: Tensor | None = None # (B, N, Q) int64, a teacher's codes of the wave
 
     def __post_init__(self):
         rows = {field.name: len(value) for field in fields(self)
@@ -324,11 +325,11 @@ class Batch:
         if len(set(rows.values())) > 1: raise ValueError(f"got rows {rows}, wanted as many of each")
 
     def to(self,
-        device: torch.device | str, # where wave, labels and lengths go; ids, captions, generator and seeds stay
+        device: torch.device | str, # where wave, labels, lengths and codes go; ids, captions, generator and seeds stay
     ) -> "Batch": # a new batch; this one is left as it was
         "Move the tensors a network reads."
         moved = {name: getattr(self, name).to(device, non_blocking=True)
-                 for name in ("wave", "labels", "lengths") if getattr(self, name) is not None}
+                 for name in ("wave", "labels", "lengths", "codes") if getattr(self, name) is not None}
         return replace(self, **moved)
 
     def __len__(self) -> int: # B
