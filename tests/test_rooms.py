@@ -8,7 +8,7 @@ import pytest
 from imports_of import PACKAGE, all_imports, rooms
 
 # A room imports only from rooms above it.
-ORDER = ["settings", "files", "compat", "audio",
+ORDER = ["settings", "files", "checkpoint", "compat", "audio",
          "features.mel", "features.spectral", "features.cqt", "features.rhythm", "features.frames", "features.targets",
          "data.notation", "data.abc", "data.scores", "data.sampler", "data.store", "data.arrange", "data.deal", "data.scorebox",
          "data.captions", "data.notes", "data.folder", "data.shards", "data.codes", "data.loader",
@@ -16,11 +16,11 @@ ORDER = ["settings", "files", "compat", "audio",
          "encoders.base", "encoders.samplecnn", "encoders.handmade", "encoders.transformer", "encoders.frames", "encoders.pase", "encoders.framewise",
          "encoders.musicnn", "encoders.text", "encoders.mert", "objectives.clmr", "objectives.supervised", "objectives.musicoder", "objectives.workers",
          "objectives.weighting", "objectives.multitask", "objectives.coattention", "objectives.mulap", "objectives.mert",
-         "optim", "devices", "checkpoint", "teachers.rvq", "teachers.codec", "teachers.kmeans", "zoo", "meter", "update", "train",
+         "optim", "devices", "teachers.rvq", "teachers.codec", "teachers.kmeans", "zoo", "meter", "update", "train",
          "probe.metrics", "probe.intervals", "probe.frozen", "probe.logistic", "probe.readouts", "probe.beats", "probe.tasks", "probe.finetune",
-         "probe.robustness", "probe.filters", "records", "report", "evaluate",
+         "probe.robustness", "probe.filters", "records", "report", "evaluate", "tag",
          "experiments.floors", "experiments.scorebox", "experiments.clmr", "experiments.musicoder", "experiments.multitask",
-         "experiments.mulap", "experiments.mert", "experiments.clmr_choices", "experiments.clmr_inside", "tag", "cluster", "reproduce"]
+         "experiments.mulap", "experiments.mert", "experiments.clmr_choices", "experiments.clmr_inside", "cluster", "reproduce"]
 # What networks and objectives are made of; apart from these, they do not know each other.
 PARTS = {"encoders.base", "encoders.transformer", "encoders.text", "objectives.workers", "objectives.weighting", "objectives.coattention"}
 # Rooms that know no paper: no network, objective or experiment may enter, only the contract of an encoder.
