@@ -40,7 +40,8 @@ def _row(i: int, codes: np.ndarray, about: dict) -> np.ndarray: # (N * Q,) int16
     if codes.ndim != 2 or codes.shape[1] != len(sizes) or codes.dtype.kind not in "iu":
         raise ValueError(f"clip {i}: got codes {codes.shape} of {codes.dtype}, wanted (N, {len(sizes)}) whole numbers")
     for book, (column, size) in enumerate(zip(codes.T, sizes)):
-        if len(wrong := column[(column < 0) | (column >= size)]): raise ValueError(f"clip {i}: codebook {book} has no code {wrong[0]}, wanted 0 … {size - 1}")
+        wrong = column[(column < 0) | (column >= size)]
+        if len(wrong): raise ValueError(f"clip {i}: codebook {book} has no code {wrong[0]}, wanted 0 … {size - 1}")
     return codes.astype("<i2").ravel()
 
 def _prepared(out: Path, about: dict, lengths: np.ndarray, code: Callable[[list[int]], Iterable[np.ndarray]], progress: bool) -> "Codes":
@@ -87,7 +88,7 @@ def prepare_codes(
     Raises: `ValueError` for clips at another rate, for codes that are no codes, and for a folder begun by another teacher or with other clips.
     """
     if source.sample_rate != teacher.sample_rate:
-        raise ValueError(f"got clips at {source.sample_rate} Hz, {type(teacher).__name__} hears {teacher.sample_rate} Hz; resample them (`store.derive`)")
+        raise ValueError(f"got clips at {source.sample_rate} Hz, {type(teacher).__name__} hears {teacher.sample_rate} Hz; `derive` resamples")
     about = {"sizes": list(teacher.sizes), "hop": teacher.hop, "sample_rate": teacher.sample_rate, "teacher": teacher_fingerprint(teacher),
              "source": source.fingerprint}
     return _prepared(Path(out), about, source.lengths, partial(_heard, teacher.to(device).eval(), source, device, batch), progress)
@@ -146,7 +147,7 @@ def read_label_files(
         clips = [_line(paths, number, lines, sizes) for number, lines in enumerate(zip_longest(*files), 1)]
     for path, book in zip(paths, range(len(paths))):
         heard = np.concatenate([codes[:, book] for codes in clips]) if clips else []
-        if len(heard) > 1 and (heard == heard[0]).all(): raise ValueError(f"{path}: all {len(heard)} labels are {heard[0]}; was its dictionary missing?")
+        if len(heard) > 1 and (heard == heard[0]).all(): raise ValueError(f"{path}: all {len(heard)} labels are {heard[0]}; no dictionary?")
     return clips
 
 # %% ../../nbs/33_codes.ipynb #2f527d84
@@ -158,7 +159,8 @@ def _line(paths: list[Path], number: int, lines: tuple[str | None, ...], sizes: 
         try: column = np.array(line.split(), np.int64)
         except ValueError as error: raise ValueError(f"{where}: wanted whole numbers between spaces ({error})") from None
         if len(wrong := column[(column < 0) | (column >= size)]): raise ValueError(f"{where}: got the label {wrong[0]}, wanted 0 … {size - 1}")
-        if columns and len(column) != len(columns[0]): raise ValueError(f"{where}: got {len(column)} labels, {paths[0].name} has {len(columns[0])} there")
+        if columns and len(column) != len(columns[0]):
+            raise ValueError(f"{where}: got {len(column)} labels, {paths[0].name} has {len(columns[0])} there")
         columns.append(column)
     return np.stack(columns, 1)
 
