@@ -149,6 +149,47 @@ def test_extract_keeps_rows_segments_and_encoder(batch):
     assert probe.extract(encoder, corpus, [0], legacy=True).shape == (1, 2, 4)
 
 
+def sawtooth(ids): # (B, 900): sample t of clip i is 1000 i + t, so that a feature tells where it was cut
+    return torch.as_tensor(np.asarray(ids))[:, None] * 1000. + torch.arange(900.)
+
+
+def cut_at(features): # the start of each segment; its first quarter's mean is start + 49.5
+    return features[..., 0] * (1 + 1e-5) ** .5 - 49.5
+
+
+@pytest.mark.parametrize("batch", [1, 3, 64])
+def test_one_crop_per_clip_whatever_the_batch_and_the_order(batch):
+    """Code v2's training features. A clip keeps its crop among any others; another seed gives another."""
+    how = dict(sample_rate=8000, segments="one", batch=batch)
+    ids = np.array([7, 2, 5, 11])
+    found = probe.extract(Averages(), sawtooth, ids, **how)
+    assert found.shape == (4, 1, 4)
+    np.testing.assert_array_equal(found[::-1], probe.extract(Averages(), sawtooth, ids[::-1].copy(), **how))
+    np.testing.assert_array_equal(found[2:3], probe.extract(Averages(), sawtooth, [5], **how))
+    assert not np.array_equal(found, probe.extract(Averages(), sawtooth, ids, seed=1, **how))
+
+
+def test_one_crop_lies_anywhere_and_is_one_piece():
+    """Every start is as likely, the last one included; on the grid of the segments lie few. By hand: the quarters follow each other."""
+    ids = np.arange(3000)
+    ramps = lambda ids: torch.arange(420.).repeat(len(ids), 1)
+    found = probe.extract(Averages(), ramps, ids, sample_rate=8000, segments="one")[:, 0]
+    starts = np.rint(cut_at(found)).astype(int)
+    times = np.bincount(starts, minlength=21)
+    assert len(times) == 21 and times.min() > 90 and times.max() < 200
+    np.testing.assert_allclose(np.diff(found, axis=1), 100, atol=.01)
+
+
+def test_all_segments_stay_what_they_were_and_what_is_too_short_is_refused():
+    every = probe.extract(Averages(), sawtooth, [3, 0], sample_rate=8000)
+    np.testing.assert_array_equal(every, probe.extract(Averages(), sawtooth, [3, 0], sample_rate=8000, segments="all", seed=9))
+    np.testing.assert_allclose(cut_at(every), [[3000, 3400], [0, 400]], atol=.01)
+    assert probe.extract(Averages(), lambda ids: sawtooth(ids)[:, :400], [0], sample_rate=8000, segments="one", legacy=True).shape == (1, 1, 4)
+    with pytest.raises(ValueError, match="a clip of 399 samples gives no segment"):
+        probe.extract(Averages(), lambda ids: sawtooth(ids)[:, :399], [0], sample_rate=8000, segments="one")
+    with pytest.raises(ValueError, match="got segments='some', wanted 'all' or 'one'"): probe.extract(Averages(), sawtooth, [0], sample_rate=8000, segments="some")
+
+
 def test_extract_takes_the_rate_from_a_bound_method():
     class Corpus:
         sample_rate = 16000

@@ -27,7 +27,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .. import files
+from ..augment.base import integers, pieces_at
 from ..data.folder import AudioFolder, prepare
+from ..data.loader import seed_of
 from ..data.store import CorruptStore, UnfinishedStore
 from ..encoders.base import Encoder, check_sample_rate
 from ..settings import cache_dir
@@ -89,6 +91,10 @@ def _rate(encoder: Encoder, corpus: object, sample_rate: int | None = None) -> N
     if given is None: raise ValueError("the sample rate of the audio is not known: pass sample_rate")
     check_sample_rate(encoder, given)
 
+def _one_crop(clips: Tensor, ids: np.ndarray, size: int, seed: int) -> Tensor: # (B, size); a clip's piece depends on its number and the seed
+    start = integers(torch.tensor([seed_of("one crop", seed, i) for i in ids.tolist()]), 0, clips.shape[-1] - size)
+    return pieces_at(clips, start.to(clips.device), size)
+
 def extract(
     encoder: nn.Module, # an `Encoder`: has sample_rate, gives an `Embedding`
     corpus: Callable[[np.ndarray], Tensor] | object, # ids -> (B, T) float, or an object with .wave(ids) and .sample_rate
@@ -98,18 +104,23 @@ def extract(
     sample_rate: int | None = None, # Hz; needed when the corpus does not say
     batch: int = 64, # segments per forward pass
     device: str | torch.device = "cpu", # where the forward passes run
-) -> np.ndarray: # (n, S, D) float32 features
+    segments: str = "all", # "all"; or "one", cut anywhere in the clip, the same at every call
+    seed: int = 0, # where that one lies, with the clip's number
+) -> np.ndarray: # (n, S, D) float32 features; S = 1 for one segment
     """Features of every segment of every clip, all of one length, from a frozen encoder.
 
-    Source: CLMR, linear evaluation. Raises: `ValueError` on a wrong sample rate, `RuntimeError` when the encoder changed.
+    Source: CLMR, linear evaluation. Raises: `ValueError` on a wrong sample rate, or other segments; `RuntimeError` when the encoder changed.
     """
     _rate(encoder, corpus, sample_rate)
+    if segments not in ("all", "one"): raise ValueError(f"got segments={segments!r}, wanted 'all' or 'one'")
     wave, ids, rows, start = getattr(corpus, "wave", corpus), np.asarray(ids), [], 0
     with frozen(encoder, device):
         while start < len(ids):
-            clips = wave(ids[start:start + max(1, batch // (rows[-1].shape[1] if rows else batch))])
+            some = ids[start:start + max(1, batch // (rows[-1].shape[1] if rows else batch))]
+            clips = wave(some)
             size = n_samples or getattr(encoder, "n_samples", None) or clips.shape[-1]
-            count = n_segments(clips.shape[-1], size, legacy)
+            count = n_segments(clips.shape[-1], size, legacy and segments == "all")
+            if segments == "one": clips, count = _one_crop(clips, some, size, seed), 1
             pieces = clips[:, :count * size].reshape(len(clips) * count, size)
             parts = [encoder(part.to(device)).clip.float().cpu() for part in pieces.split(batch)]
             rows.append(torch.cat(parts).reshape(len(clips), count, -1))
