@@ -145,12 +145,15 @@ def read_foreign(
     path: str | Path, # safetensors by its name, or what `torch.save` wrote
 ) -> Any: # tensors on the CPU and plain values, usually in a dict
     "What a file of other people's weights holds; nothing in it is executed. Raises: `Mismatch` for anything else, `OSError` when there is no file."
+    if not Path(path).is_file(): raise FileNotFoundError(f"there is no file {path}")
     if Path(path).suffix == ".safetensors": return _tensors(path)
     try:
         named = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipfile.is_zipfile(path) else []
         with torch.serialization.safe_globals([(_Nothing, name) for name in named]): return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError, AttributeError, TypeError) as error:
-        raise Mismatch(f"{path} is no file of tensors and plain values: {str(error).splitlines()[0]}; nothing in it was executed") from None
+    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError, AttributeError, TypeError, OSError) as error: # a torn file: OSError
+        asked = re.search(r"GLOBAL ([\w.]+)", str(error))
+        why = f"it asks for {asked[1]}" if asked else "it cannot be read"
+        raise Mismatch(f"{path} is no file of tensors and plain values: {why}; nothing in it was executed") from None
 
 # %% ../nbs/72_checkpoint.ipynb #4f9f7b4a
 def full_state(

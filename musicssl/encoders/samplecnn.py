@@ -7,15 +7,13 @@ __all__ = ['SampleCNN', 'receptive_field', 'official_weights']
 
 # %% ../../nbs/51_samplecnn.ipynb #498d70cd
 import math
-import pickle
 import re
-import zipfile
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn, serialization
+from torch import Tensor, nn
 
-from ..checkpoint import Mismatch
+from ..checkpoint import put_weights, read_foreign
 from .base import Embedding, Presets, check_wave
 
 # %% ../../nbs/51_samplecnn.ipynb #83d1cf39
@@ -89,7 +87,10 @@ class SampleCNN(nn.Module, Presets):
         path: str | Path, # a checkpoint of the official code, of either version
     ) -> "SampleCNN": # "paper", "16k" or "8k", in eval mode
         """The published weights, see `official_weights`. Raises: `Mismatch` listing what is missing, extra or of another shape."""
-        return _fitting(cls, path).eval()
+        weights, _ = official_weights(path)
+        net = _nearest(cls, weights)
+        put_weights(weights, net, path)
+        return net.eval()
 
 # %% ../../nbs/51_samplecnn.ipynb #413b5285
 def receptive_field(
@@ -103,24 +104,6 @@ def receptive_field(
     return field + 2 * step
 
 # %% ../../nbs/51_samplecnn.ipynb #24f8a293
-class _Nothing:
-    "Stands in for every class a file names: it takes anything and does nothing."
-    def __new__(cls, *_): return super().__new__(cls)
-    def __setstate__(self, state): pass
-
-def _read(path: str | Path) -> dict[str, Tensor]: # under the names in the file
-    if not Path(path).is_file(): raise FileNotFoundError(f"there is no file {path}")
-    try:
-        strange = serialization.get_unsafe_globals_in_checkpoint(path) if zipfile.is_zipfile(path) else []
-        with serialization.safe_globals([(_Nothing, name) for name in strange]): found = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError, AttributeError, OSError) as error:
-        asked = re.search(r"GLOBAL ([\w.]+)", str(error))
-        why = f"it asks for {asked[1]}" if asked else "it cannot be read"
-        raise Mismatch(f"{path} is no checkpoint of tensors and plain values: {why}; nothing in it was executed") from None
-    if isinstance(found, dict): found = found.get("state_dict", found)
-    return {name: tensor.detach() for name, tensor in found.items() if isinstance(tensor, Tensor)} if isinstance(found, dict) else {}
-
-# %% ../../nbs/51_samplecnn.ipynb #bca89def
 _wrapped = r"(?:module\.|model\.|encoder\.)*"
 _in_block = re.compile(_wrapped + r"(?:sequential\.(\d+)|conv(\d+))\.(.+)")
 _in_head = re.compile(_wrapped + r"((?:fc|projector|\d+)\..+)")
@@ -133,7 +116,11 @@ def official_weights(
     Source: CLMR, official code, branches v1 and master. A tensor that fits no rule stays among the encoder's, under its own name.
     """
     encoder, heads = {}, {}
-    for name, tensor in _read(path).items():
+    found = read_foreign(path)
+    if isinstance(found, dict): found = found.get("state_dict", found)
+    for name, tensor in found.items() if isinstance(found, dict) else ():
+        if not isinstance(tensor, Tensor): continue
+        if tensor.is_floating_point(): tensor = tensor.float()
         if part := _in_block.fullmatch(name):
             number = int(part[1]) if part[1] else int(part[2]) - 1
             encoder[f"blocks.{number}.{part[3]}"] = tensor
@@ -142,17 +129,7 @@ def official_weights(
     return encoder, heads
 
 # %% ../../nbs/51_samplecnn.ipynb #c0f03a27
-def _differences(weights: dict[str, Tensor], net: nn.Module) -> list[str]:
-    given, wanted = ({name: tuple(tensor.shape) for name, tensor in tensors.items()} for tensors in (weights, net.state_dict()))
-    return [f"{name}: got {given.get(name, 'nothing')}, wanted {wanted.get(name, 'nothing')}"
-            for name in {**wanted, **given} if given.get(name) != wanted.get(name)]
-
-def _fitting(kind: type[SampleCNN], path: str | Path) -> SampleCNN:
-    weights, _ = official_weights(path)
-    with torch.device("meta"): nets = {name: kind.preset(name) for name in ("paper", "16k", "8k")} # shapes alone: nothing is drawn
-    name, net = min(nets.items(), key=lambda named: len(_differences(weights, named[1])))
-    if wrong := _differences(weights, net):
-        more = [f"… and {len(wrong) - 12} more"] if len(wrong) > 12 else []
-        raise Mismatch("\n  ".join([f"{path} is no SampleCNN of CLMR's; the nearest is {name!r}", *wrong[:12], *more]))
-    net.load_state_dict({name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in weights.items()}, assign=True)
-    return net
+def _nearest(kind: type[SampleCNN], weights: dict[str, Tensor]) -> SampleCNN:
+    with torch.device("meta"): nets = [kind.preset(name) for name in ("paper", "16k", "8k")] # shapes alone: nothing is drawn
+    fits = lambda net: sum(name in weights and weights[name].shape == tensor.shape for name, tensor in net.state_dict().items())
+    return max(nets, key=fits).to_empty(device="cpu")
