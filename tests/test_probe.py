@@ -249,3 +249,18 @@ def test_bootstrap_is_much_faster_than_a_loop_over_scikit_learn():
         rows = np.random.default_rng(seed).integers(0, 1500, 1500)
         macro("pr_auc", labels[rows], scores[rows])
     assert ours < (perf_counter() - start) * 10 / 3
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_one_percent_of_segments_as_the_code_draws_them(seed):
+    """Slow rule: within each combination of tags, its rounded share and at least one; so the nominal 1 % is more."""
+    labels, segments = (np.random.default_rng(seed).random((90, 5)) < .3).astype(int), 4
+    combination = [tuple(row) for row in labels.repeat(segments, 0)]
+    for fraction in (.01, .2, .5, 1.):
+        drawn = probe.segment_subset(labels, segments, fraction, seed)
+        found = {key: sum(combination[i] == key for i in drawn) for key in set(combination)}
+        assert found == {key: max(1, int(fraction * combination.count(key) + .5)) for key in found}
+        assert (np.diff(drawn) > 0).all()
+    assert len(probe.segment_subset(labels, segments, .01)) == len(set(combination)) > .01 * len(combination)
+    assert (probe.segment_subset(labels, segments, .2, 5) != probe.segment_subset(labels, segments, .2, 6)).any()
+    with pytest.raises(ValueError, match="wanted 0 < fraction"): probe.segment_subset(labels, segments, 0.)

@@ -17,4 +17,4 @@ from .metrics import tagging_scores
 from .readouts import ENSEMBLES, PROTOCOLS, RULES, Fitted, Mixture, Neighbours, Probe, ReadOut, Search, aggregate, fit_probe
 from .readouts import fit_readout, knn, pool_segments, protocol_grid, search
 from .robustness import DAMAGE, curve, damage, damaged, truth_under
-from .tasks import DATASETS, TASKS, Sizes, Task, Truth, budget, find, label_subset, open_dataset, register
+from .tasks import DATASETS, TASKS, Sizes, Task, Truth, budget, find, label_subset, open_dataset, register, segment_subset

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['RAREST', 'DATASETS', 'TASKS', 'Truth', 'Task', 'classes_in', 'numbers_in', 'tags', 'keys', 'tempi', 'times_in',
-           'itself', 'Sizes', 'Resampled', 'open_dataset', 'register', 'find', 'label_subset', 'budget']
+           'itself', 'Sizes', 'Resampled', 'open_dataset', 'register', 'find', 'label_subset', 'segment_subset',
+           'budget']
 
 # %% ../../nbs/87_tasks.ipynb #837dc558
 import math
@@ -217,6 +218,25 @@ def label_subset(
         missing = missing & ~shuffled[cover[-1]]
     order = np.concatenate([order[cover], np.delete(order, cover)])
     return np.sort(order[:max(1, math.floor(fraction * len(labels) + .5))])
+
+# %% ../../nbs/87_tasks.ipynb #6bceb484
+def segment_subset(
+    labels: np.ndarray, # (n, C) 0 or 1
+    segments: int, # S of each clip
+    fraction: float, # in (0, 1]
+    seed: int = 0, # of the draw
+) -> np.ndarray: # sorted positions in range(n * S), clip after clip
+    """The segments whose labels may be used, as CLMR's code draws them: of every combination of tags its share, and at least one.
+
+    Source: CLMR, official code v1. Raises `ValueError` when the fraction is not in (0, 1].
+    """
+    if not 0 < fraction <= 1: raise ValueError(f"got fraction {fraction}, wanted 0 < fraction <= 1")
+    _, combination = np.unique(np.repeat(labels, segments, axis=0), axis=0, return_inverse=True)
+    order = np.random.default_rng(seed).permutation(len(combination))
+    order = order[np.argsort(combination.ravel()[order], kind="stable")]
+    counts = np.bincount(combination.ravel())
+    place = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)         # within its combination
+    return np.sort(order[place < np.maximum(1, np.floor(fraction * counts + .5))[combination.ravel()[order]]])
 
 # %% ../../nbs/87_tasks.ipynb #3a31ef44
 def budget(
