@@ -49,6 +49,7 @@ def as_pair(tmp_path_factory):
     return lambda work: run_as_pair(work, tmp_path_factory.mktemp(work.__module__))
 
 
+@pytest.hookimpl(tryfirst=True) # xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items):
     """`pytest -n 2 --dist loadgroup`: a file stays together, for its tests share what they prepared; every notebook stands alone."""
     for item in items:
