@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from musicssl.augment import Delay, Gain, Noise, PolarityInversion, RandomCrop, draw_seeds, single_chain
 from musicssl.data.loader import seed_of
 from musicssl.encoders.handmade import MFCC
 from musicssl.probe import robustness
@@ -337,3 +338,89 @@ def test_names_and_levels_there_are_not():
     with pytest.raises(ValueError, match="wanted more than 0 and less than 4000"): damaged(CORPUS, "low-pass", 8000).wave([0])
     assert levels_at("low-pass", 8000) == [None, 2000, 1000, 500] and levels_at("noise", 8000) == list(DAMAGE["noise"].levels)
     assert all(isinstance(how, Damage) and None in how.levels for how in DAMAGE.values())
+
+
+# In the space itself
+
+SONGS, DRAWN = music(), draw_seeds(5, torch.Generator().manual_seed(3))
+LOUD = {"polarity": PolarityInversion(), "noise": Noise(snr_db=(0., 0.)), "gain": Gain(gain_db=(-20., -20.))}
+
+
+class Ear(torch.nn.Module):
+    """Sums and squares of eight parts of a piece, or nothing but one point; batch normalisation in it."""
+    sample_rate, hop, dim, n_samples = 8000, 1000, 16, 8000
+
+    def __init__(self, deaf=False, sloppy=False):
+        super().__init__()
+        self.norm, self.deaf, self.sloppy = torch.nn.BatchNorm1d(16), deaf, sloppy
+
+    def forward(self, wave):
+        parts = wave.unflatten(1, (8, -1))
+        if self.sloppy: self.norm.train()
+        clip = self.norm(torch.cat([parts.mean(2), parts.square().mean(2)], 1))
+        return SimpleNamespace(clip=torch.full_like(clip, .3) if self.deaf else clip)
+
+
+def one_song_at_a_time(ear, transform, mean_of=None):
+    """The same cosines, written without a batch."""
+    crop, ear = RandomCrop(8000), ear.eval()
+    with torch.no_grad():
+        pieces = [crop.augment(SONGS[i:i + 1], DRAWN[i:i + 1])[0] for i in range(5)]
+        crops = [ear(piece).clip[0].double() for piece in pieces]
+        twins = [ear(transform.augment(piece, DRAWN[i:i + 1])[0]).clip[0].double() for i, piece in enumerate(pieces)]
+    mean = torch.stack(mean_of or crops).mean(0)
+    cosine = lambda a, b: float((a - mean) @ (b - mean) / (a - mean).norm() / (b - mean).norm())
+    return np.array([[cosine(crop, twin) for twin in twins] for crop in crops])
+
+
+@pytest.mark.parametrize("name", LOUD)
+@pytest.mark.parametrize("batch", [1, 3, 64])
+def test_twins_equal_a_loop_over_songs(name, batch):
+    """The mutation: embeddings with nothing taken off, which are other numbers."""
+    wanted, (found,) = one_song_at_a_time(Ear(), LOUD[name]), robustness.invariance(Ear(), SONGS, {name: LOUD[name]}, DRAWN, batch=batch)[1:]
+    others = np.array([np.delete(row, i).mean() for i, row in enumerate(wanted)])
+    np.testing.assert_allclose(found.same, np.diag(wanted), atol=1e-5)
+    np.testing.assert_allclose(found.others, others, atol=1e-5)
+    assert found.nearest.tolist() == [row.argmax() == i for i, row in enumerate(wanted)] and found.transform == name
+    assert not np.allclose(robustness.invariance(Ear(), SONGS, {name: LOUD[name]}, DRAWN, torch.zeros(16))[1].others, others, atol=1e-2)
+
+
+def test_who_overlooks_a_transform_and_who_does_not():
+    """Squares overlook the sign, sums turn it round."""
+    squares, sums = Ear(), Ear()
+    squares.norm.weight.data[:8], sums.norm.weight.data[8:] = 0, 0
+    for ear, cosine in ((squares, 1), (sums, -1)):
+        twins = robustness.invariance(ear, SONGS, {"polarity": PolarityInversion()}, DRAWN, torch.zeros(16))[1]
+        np.testing.assert_allclose(twins.same, cosine, atol=1e-6)
+        assert twins.nearest.all() == (cosine == 1)
+
+
+def test_one_point_is_not_invariance():
+    """The mutation: without the mean taken off, an encoder that says the same of everything has every cosine at 1. The count sees it all the same."""
+    for twins in robustness.invariance(Ear(deaf=True), SONGS, LOUD, DRAWN):
+        assert np.abs(twins.same).max() < 1e-6 and np.abs(twins.others).max() < 1e-6 and not twins.nearest.any()
+    for twins in robustness.invariance(Ear(deaf=True), SONGS, LOUD, DRAWN, torch.zeros(16)):
+        assert twins.same.min() > 1 - 1e-6 and twins.others.min() > 1 - 1e-6 and not twins.nearest.any()
+
+
+def test_a_chain_of_one_transform_is_that_transform():
+    """Its crop has nowhere to go in a piece of its own length."""
+    ways = [{"delay": Delay(sample_rate=8000)}, {"delay": single_chain("delay", 8000, 8000)}]
+    one, other = (robustness.invariance(Ear(), SONGS, way, DRAWN)[1] for way in ways)
+    np.testing.assert_array_equal(one.same, other.same)
+    assert np.ptp(one.same) > .01
+
+
+def test_another_crop_is_asked_for_where_there_is_one():
+    first = robustness.invariance(Ear(), SONGS, {}, DRAWN)
+    assert [twins.transform for twins in first] == ["another crop"] and first[0].same.max() < .999
+    assert robustness.invariance(Ear(), SONGS[:, :8000], {}, DRAWN) == []
+
+
+def test_invariance_reads_and_refuses():
+    ear = Ear().train()
+    robustness.invariance(ear, SONGS, {}, DRAWN)
+    assert ear.training and ear.norm.num_batches_tracked == 0
+    with pytest.raises(RuntimeError, match="norm.running_mean"): robustness.invariance(Ear(sloppy=True), SONGS, {}, DRAWN)
+    with pytest.raises(ValueError, match="got 1 song, wanted at least 2"): robustness.invariance(Ear(), SONGS[:1], {}, DRAWN[:1])
+    with pytest.raises(ValueError, match="MFCC takes any length; pass n_samples"): robustness.invariance(MFCC(8000), SONGS, {}, DRAWN)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Work', 'DAMAGE', 'quantise', 'kept', 'Damage', 'damage', 'truth_under', 'Damaged', 'damaged', 'Point', 'levels_at',
-           'curve']
+           'curve', 'Twins', 'invariance']
 
 # %% ../../nbs/89_robustness.ipynb #2e00acdb
 import math
@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..audio import resample
-from ..augment import Filter, Gain, Noise, PitchShift, fold_in, stretch
+from ..augment import Filter, Gain, Noise, PitchShift, RandomCrop, Transform, fold_in, stretch
 from ..data.loader import seed_of
 from ..files import fingerprint
+from .frozen import frozen
 from .intervals import Interval, bootstrap, bootstrap_difference
 from .metrics import KINDS
 
@@ -222,3 +223,47 @@ def curve(
         change = bootstrap_difference(truth, found, clean, metric, resamples, groups=groups) if wanted is truth else None
         points.append(Point(name, level, bootstrap(wanted, found, metric, resamples, groups=groups), change))
     return points
+
+# %% ../../nbs/89_robustness.ipynb #0f0418de
+@dataclass(frozen=True)
+class Twins:
+    """Where a transform takes some songs in an encoder's space."""
+    transform: str # its name; "another crop": none, only another place in the song
+    same: np.ndarray # (B,) cosine of a song's crop and its twin, -1 to 1
+    others: np.ndarray # (B,) mean cosine of a song's crop and the twins of the other songs
+    nearest: np.ndarray # (B,) bool: is every other song's twin further away?
+
+
+def _twins(name: str, crops: Tensor, twins: Tensor) -> Twins: # (B, D) unit vectors each
+    likeness, songs = crops @ twins.T, len(crops)
+    itself = torch.eye(songs, dtype=torch.bool)
+    same, others = likeness.diagonal(), likeness[~itself].view(songs, songs - 1)
+    return Twins(name, same.numpy(), others.mean(1).numpy(), (same > others.amax(1)).numpy())
+
+# %% ../../nbs/89_robustness.ipynb #856ed22c
+def invariance(
+    encoder: Any, # an `Encoder`, in any mode; it is not changed
+    wave: Tensor, # (B, T) float, B >= 2 songs, at the encoder's rate
+    transforms: Mapping[str, Transform], # by name; a transform with p = 1, or `single_chain(name)`
+    seeds: Tensor, # (B,) int64, of crops and transforms
+    mean: Tensor | None = None, # (D,) what is taken off every embedding; None: the mean over the crops
+    n_samples: int | None = None, # samples of a crop; None: the encoder's own
+    batch: int = 64, # crops per forward pass
+    device: str | torch.device = "cpu", # where the forward passes run
+) -> list[Twins]: # in the order of the transforms; first "another crop", where a song is longer than a crop
+    """How near a song's crop stays to its transformed twin, and how near others are.
+
+    Raises: `ValueError` for fewer than two songs, or a crop of no known length; `RuntimeError` when the encoder changed.
+    """
+    size = n_samples or getattr(encoder, "n_samples", None)
+    if len(wave) < 2: raise ValueError(f"got {len(wave)} song, wanted at least 2: nothing to tell it from")
+    if size is None: raise ValueError(f"{type(encoder).__name__} takes any length; pass n_samples")
+    crop = RandomCrop(size)
+    pieces, found = crop.augment(wave, seeds)[0], []
+    with frozen(encoder, device):
+        heard = lambda sound: torch.cat([encoder(part.to(device)).clip.double().cpu() for part in sound.split(batch)])
+        crops = heard(pieces)
+        mean = crops.mean(0) if mean is None else torch.as_tensor(mean).double().cpu()
+        if wave.shape[1] > size: found.append(("another crop", heard(crop.augment(wave, fold_in(seeds, "another crop"))[0])))
+        found += [(name, heard(transform.augment(pieces, seeds)[0])) for name, transform in transforms.items()]
+    return [_twins(name, F.normalize(crops - mean, dim=1), F.normalize(twins - mean, dim=1)) for name, twins in found]
