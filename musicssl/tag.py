@@ -79,7 +79,7 @@ def fit_tagger(
     def of(split: str) -> tuple[np.ndarray, np.ndarray]: # (n, S, D) features, (n, C) tags
         ids = sounds.ids(split)
         return heard.of(ids).clip.reshape(len(ids), -1, heard.clip.shape[1]), sounds.tags[ids]
-    probe, (x, y) = fit_probe(*of("train"), of("valid"), seed=seed), of("test")
+    probe, (x, y) = fit_probe(*of("train"), of("valid"), seed=seed, lr=1e-2, batch=48), of("test") # a small corpus gives few steps: take large ones
     reached = {name: float(tagging_scores(y, scores)["pr_auc"]) for name, scores in (("pr_auc", probe.scores(x)), ("by chance", np.zeros(y.shape)))}
     return Tagger(encoder, probe, sounds.tag_names, {"data": "ScoreBox", "clips": len(sounds), "test clips": len(y), **reached}).to(device).eval()
 
@@ -96,6 +96,10 @@ class Tagged:
     @property
     def mean(self) -> np.ndarray: # (C,)
         return self.scores.mean(0)
+
+    @property
+    def edges(self) -> np.ndarray: # (S + 1,) s: each window stands for as much as a hop, in its middle
+        return np.append(self.start, self.start[-1] + self.hop) + (self.seconds - self.hop) / 2
 
     def top(self,
         most: int = 10, # tags that stay
@@ -126,7 +130,7 @@ def _clock(seconds: float) -> str: return f"{int(seconds // 60)}:{seconds % 60:0
 
 def _stretches(tagged: Tagged, sure: np.ndarray) -> str: # (S,) bool
     edges = np.flatnonzero(np.diff(np.concatenate([[False], sure, [False]]).astype(int)))
-    return ", ".join(f"{_clock(tagged.start[first])}–{_clock(tagged.start[last - 1] + tagged.seconds)}" for first, last in edges.reshape(-1, 2))
+    return ", ".join(f"{_clock(tagged.edges[first])}–{_clock(tagged.edges[last])}" for first, last in edges.reshape(-1, 2))
 
 def printed(
     tagged: Tagged, # as from `tag`
@@ -135,9 +139,9 @@ def printed(
 ) -> str: # a table
     """Scores in words: mean, highest score and its window, and when the tag was heard."""
     best, wide = tagged.top(most), max(map(len, tagged.tags))
-    lines = [f"{'tag':<{wide}}   mean  highest     from  at least {sure:g}"]
+    lines = [f"{'tag':<{wide}}   mean  highest       at  at least {sure:g}"]
     for name, scores in zip(best.tags, best.scores.T):
-        lines.append(f"{name:<{wide}}  {scores.mean():5.2f}  {scores.max():7.2f}  {_clock(best.start[scores.argmax()]):>7}  {_stretches(best, scores >= sure) or '–'}")
+        lines.append(f"{name:<{wide}}  {scores.mean():5.2f}  {scores.max():7.2f}  {_clock(best.edges[scores.argmax()] + best.hop / 2):>7}  {_stretches(best, scores >= sure) or '–'}")
     return "\n".join(lines)
 
 # %% ../nbs/94_tag.ipynb #06845105
@@ -149,9 +153,8 @@ def taggram(
     """Tags against time, the highest mean on top."""
     import matplotlib.pyplot as plt
     best = tagged.top(most)
-    edges = np.append(best.start, best.start[-1] + best.hop) + (best.seconds - best.hop) / 2
     figure, axes = plt.subplots(figsize=(8, 1.2 + .26 * len(best.tags)), layout="constrained")
-    image = axes.pcolormesh(edges, np.arange(len(best.tags) + 1), best.scores.T, cmap="magma", vmin=0, vmax=1)
+    image = axes.pcolormesh(best.edges, np.arange(len(best.tags) + 1), best.scores.T, cmap="magma", vmin=0, vmax=1)
     axes.set(yticks=np.arange(len(best.tags)) + .5, yticklabels=best.tags, xlabel="time (s)", title=title)
     axes.invert_yaxis()
     axes.grid(False)
