@@ -32,6 +32,7 @@ ENCODERS = { # name: where the class lives
     "logmel_transformer": "musicssl.encoders.framewise.LogMelTransformer",
     "pase": "musicssl.encoders.pase.PASE",
     "musicnn": "musicssl.encoders.musicnn.Musicnn",
+    "mert": "musicssl.encoders.mert.MERT",
 }
 
 def _class(name: str) -> type:

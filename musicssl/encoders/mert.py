@@ -66,10 +66,14 @@ class _Positions(nn.Module):
     def _lengths(self) -> Tensor: # (1, 1, kernel)
         return self.direction.detach().norm(dim=(0, 1), keepdim=True)
 
+    def _around(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.gelu(F.conv1d(x.mT, weight, bias, padding=weight.shape[2] // 2, groups=self.groups)[..., :x.shape[1]]).mT
+
     def forward(self, x: Tensor) -> Tensor: # (B, N, D) to the same
         weight = self.gain * self.direction / self.direction.norm(dim=(0, 1), keepdim=True)
-        placed = F.conv1d(x.mT, weight, self.bias, padding=weight.shape[2] // 2, groups=self.groups)
-        return F.gelu(placed[..., :x.shape[1]]).mT
+        if x.device.type != "cpu": return self._around(x, weight, self.bias)
+        wide = torch.promote_types(x.dtype, torch.float32)                          # PyTorch 2.13's bfloat16 is wrong here on a CPU
+        with torch.autocast("cpu", enabled=False): return self._around(x.to(wide), weight.to(wide), self.bias.to(wide)).to(x.dtype)
 
 # %% ../../nbs/59_mert.ipynb #027f5e10
 def relax(
@@ -102,7 +106,14 @@ class _Block(TransformerLayer):
         x = x + self._ask(self.norm_1(x))
         return x + self._think(self.norm_2(x))
 
-# %% ../../nbs/59_mert.ipynb #eb14a4fe
+@torch.no_grad()
+def _shrink(blocks: nn.ModuleList, by: float) -> None:
+    "DeepNorm's start: all but what makes questions and labels."
+    for block in blocks:
+        for linear in (block.up, block.down, block.out): linear.weight.div_(by), linear.bias.div_(by)
+        for part in (block.qkv.weight, block.qkv.bias): part.chunk(3)[2].div_(by)
+
+# %% ../../nbs/59_mert.ipynb #2e158296
 _SIZES = {
     "95M": {},
     "330M": dict(n_layers=24, dim=1024, heads=16, ffn=4096, norm="pre", dropout=0., attention_dropout=0., layerdrop=0., feature_grad=1.,
@@ -119,15 +130,34 @@ def _check(norm: str, deepnorm: bool, relax: float | None, layerdrop: float, dim
     if pos_kernel < 1 or pos_groups < 1 or dim % pos_groups:
         raise ValueError(f"got width {dim} in {pos_groups} groups and {pos_kernel} taps, wanted a multiple of the groups, one or more taps")
 
-@torch.no_grad()
-def _shrink(blocks: nn.ModuleList, by: float) -> None:
-    "DeepNorm's start: all but what makes questions and labels."
-    for block in blocks:
-        for linear in (block.up, block.down, block.out): linear.weight.div_(by), linear.bias.div_(by)
-        for part in (block.qkv.weight, block.qkv.bias): part.chunk(3)[2].div_(by)
+# %% ../../nbs/59_mert.ipynb #eb14a4fe
+class _Listening(nn.Module):
+    "What is done with the parts of the network."
+    def encode(self,
+        features: Tensor, # (B, N, channels) as `front` gives them
+        masked: Tensor | None = None, # (B, N) bool, frames to hide from the network; None: none
+    ) -> Tensor: # (B, L + 1, N, D): what enters the first layer, then what leaves each
+        "From frames to layers."
+        x = self.dropout(self.project(self.norm_in(features)))
+        if masked is not None: x = torch.where(masked[..., None], self.mask_embedding, x)
+        x = x + self.positions(x)
+        layers = [self.dropout(x if self.pre else self.norm_out(x))]
+        for block in self.blocks:
+            layers.append(block(layers[-1]))
+            if self.training and self.layerdrop: layers[-1] = layers[-2].where(torch.rand((), device=x.device) < self.layerdrop, layers[-1])
+        if self.pre: layers[-1] = self.norm_out(layers[-1])
+        return torch.stack(layers, 1)
+
+    def forward(self,
+        wave: Tensor, # (B, T) float32 in [-1, 1] at `sample_rate`, T at least 400; clips of equal length, without padding
+    ) -> Embedding: # layers (B, L + 1, N, D), N = `frames_of(T)`; clip (B, D): mean of the last layer
+        """Embed waveforms. Raises: `ValueError` for other shapes and for too few samples."""
+        check_wave(wave, 400)
+        layers = self.encode(self.front(wave))
+        return Embedding(layers, layers[:, -1].mean(1))
 
 # %% ../../nbs/59_mert.ipynb #83080b73
-class MERT(nn.Module, Presets):
+class MERT(_Listening, Presets):
     """HuBERT's network at 24 kHz. Source: MERT, its code's settings; "cpu" and "tiny" are ours. Raises: `ValueError` for sizes that make no network."""
     _presets = _SIZES
 
@@ -163,41 +193,13 @@ class MERT(nn.Module, Presets):
         self.apply(start)
         if deepnorm: _shrink(self.blocks, (8 * n_layers) ** .25)
 
-    def encode(self,
-        features: Tensor, # (B, N, channels) as `front` gives them
-        masked: Tensor | None = None, # (B, N) bool, frames to hide from the network; None: none
-    ) -> Tensor: # (B, L + 1, N, D): what enters the first layer, then what leaves each
-        "From frames to layers."
-        x = self.dropout(self.project(self.norm_in(features)))
-        if masked is not None: x = torch.where(masked[..., None], self.mask_embedding, x)
-        x = x + self.positions(x)
-        layers = [self.dropout(x if self.pre else self.norm_out(x))]
-        for block in self.blocks:
-            layers.append(block(layers[-1]))
-            if self.training and self.layerdrop: layers[-1] = layers[-2].where(torch.rand((), device=x.device) < self.layerdrop, layers[-1])
-        if self.pre: layers[-1] = self.norm_out(layers[-1])
-        return torch.stack(layers, 1)
-
-    def forward(self,
-        wave: Tensor, # (B, T) float32 in [-1, 1] at `sample_rate`, T at least 400; clips of equal length, without padding
-    ) -> Embedding: # layers (B, L + 1, N, D), N = `frames_of(T)`; clip (B, D): mean of the last layer
-        """Embed waveforms. Raises: `ValueError` for other shapes and for too few samples."""
-        check_wave(wave, 400)
-        layers = self.encode(self.front(wave))
-        return Embedding(layers, layers[:, -1].mean(1))
-
     @classmethod
     def from_pretrained(cls,
         path: str | Path, # as for `read_pretrained`
         **changes, # settings that replace what the files say
     ) -> "MERT": # in eval mode
         """Published weights from the disk; nothing is fetched. Raises: `Mismatch` listing what is missing, extra or of another shape, or not told."""
-        settings, weights, _ = read_pretrained(path)
-        if untold := [name for name in ("heads", "norm") if name not in {**settings, **changes}]:
-            raise Mismatch(f"{path} does not tell {' and '.join(untold)}; give {', '.join(f'{name}=' for name in untold)}")
-        with torch.device("meta"): encoder = cls(**{**settings, **changes})
-        put_weights(weights, encoder.to_empty(device="cpu"), path)
-        return encoder.eval()
+        return _opened(cls, path, changes)
 
 # %% ../../nbs/59_mert.ipynb #9b1d4492
 _LAYER = r"encoder\.layers\.(\d+)\."
@@ -286,3 +288,12 @@ def read_pretrained(
     left_out = [name for name in tensors if _TRAINING_ONLY.match(name)]
     weights = _joined({_renamed(name): tensor.float() for name, tensor in tensors.items() if name not in left_out})
     return Pretrained({**_shown(weights), **_told(path, config)}, weights, left_out)
+
+def _opened(kind: type[MERT], path: str | Path, changes: dict) -> MERT:
+    told, weights, _ = read_pretrained(path)
+    settings = {**told, **changes}
+    if untold := [name for name in ("heads", "norm") if name not in settings]:
+        raise Mismatch(f"{path} does not tell {' and '.join(untold)}; give {', '.join(f'{name}=' for name in untold)}")
+    with torch.device("meta"): encoder = kind(**settings)
+    put_weights(weights, encoder.to_empty(device="cpu"), path)
+    return encoder.eval()
