@@ -13,7 +13,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol, runtime_checkable
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -178,8 +177,8 @@ class EncodecTeacher(nn.Module):
         else: self.model = _encodec(Path(source))
         config = self.model.config
         if config.audio_channels != 1 or config.normalize or config.chunk_length_s is not None:
-            raise ValueError(f"got an EnCodec of {config.audio_channels} channels (normalise: {config.normalize}, pieces: {config.chunk_length_s} s), "
-                             "wanted the mono one at 24,000 Hz")
+            raise ValueError(f"got an EnCodec of {config.audio_channels} channels (normalises: {config.normalize}, pieces of "
+                             f"{config.chunk_length_s} s), wanted the mono one at 24,000 Hz")
         if bandwidth not in config.target_bandwidths: raise ValueError(f"got {bandwidth} kbit/s, wanted one of {list(config.target_bandwidths)}")
         self.sample_rate, self.hop, self.bandwidth = config.sampling_rate, config.hop_length, bandwidth
         self.sizes = (config.codebook_size,) * self.model.quantizer.get_num_quantizers_for_bandwidth(bandwidth)
