@@ -101,6 +101,18 @@ class _Codebooks(nn.Module):
         self.register_buffer("sums", torch.zeros(n_codebooks, n_codes, dim))
         self.register_buffer("started", torch.tensor(False))
 
+    @torch.no_grad()
+    def encode(self,
+        x: Tensor, # (..., D)
+    ) -> Tensor: # (..., Q) int64, 0 to K - 1
+        "The codes of vectors; nothing is learned. Raises: `ValueError` before the first batch of training."
+        if not self.started: raise ValueError("the codebooks are empty: train the quantiser, or load its weights")
+        codes = []
+        for rows in self.codebooks:
+            codes.append(nearest(x, rows))
+            x = x - rows[codes[-1]]
+        return torch.stack(codes, -1)
+
     def decode(self,
         codes: Tensor, # (..., q) int64, of the first q codebooks, 1 to Q
     ) -> Tensor: # (..., D)
@@ -149,6 +161,7 @@ class ResidualVQ(_Codebooks):
     ) -> Quantised: # in the codebooks' type, float32
         "Quantise; when training, then learn from what was quantised."
         if self.training and seeds is None: raise ValueError("ResidualVQ: got no seeds, wanted one per row when training")
+        if not (self.training or self.started): raise ValueError("the codebooks are empty: train the quantiser, or load its weights")
         with torch.autocast(x.device.type, enabled=False):
             residual = x = x.to(self.codebooks.dtype)
             learns = self.training and _all_finite(x.detach(), gather)
