@@ -16,7 +16,7 @@ import torch
 from musicssl import train
 from musicssl.checkpoint import Mismatch
 from musicssl.data import loader as library
-from musicssl.data.loader import Loader, Order, WorkerLost, seed_of
+from musicssl.data.loader import Loader, Order, SongOrder, WorkerLost, seed_of
 from musicssl.data.store import StoreWriter
 
 WORKERS = Path(__file__).parent / "workers"
@@ -131,6 +131,71 @@ def test_two_processes_hear_what_one_hears(tmp_path):
     def together(name): return [row for pair in zip(*(rank[name] for rank in ranks)) for row in pair]
     assert together("whole") == one
     assert together("rank ignored") != one # mutation
+
+
+# -------------------------------------------------------------------------------------------------------------- songs
+
+
+SONG_OF = np.random.default_rng(0).permutation(np.repeat(np.arange(100, 116), 3)) # 16 songs of three clips, scattered
+CLIPS = np.arange(10, 58) # their ids
+SAMPLES = np.random.default_rng(1).integers(100, 1000, 48)
+
+
+def pairs_of_one_song(order, batches=120):
+    """Batches in which a song occurs twice."""
+    return sum(len({SONG_OF[i - 10] for i in order.ids_of(number)}) < 8 for number in range(batches))
+
+
+def test_no_batch_holds_two_clips_of_a_song():
+    assert pairs_of_one_song(SongOrder(CLIPS, SONG_OF, SAMPLES, 8)) == 0
+    assert pairs_of_one_song(Order(CLIPS, 8)) > 60 # mutation: clips are drawn, as in the default
+
+
+def test_every_song_once_per_epoch_and_every_clip_by_its_length():
+    order = SongOrder(CLIPS, SONG_OF, SAMPLES, 8, seed=3)
+    assert order.per_epoch == 2
+    heard = np.array([order.ids_of(number) for number in range(2000)]).reshape(1000, 16)
+    assert all(sorted(SONG_OF[epoch - 10]) == list(range(100, 116)) for epoch in heard)
+    counts, share = np.bincount(heard.ravel() - 10, minlength=48), SAMPLES / np.bincount(SONG_OF, SAMPLES)[SONG_OF]
+    def distance(share): return float(((counts - 1000 * share) ** 2 / (1000 * share)).sum())
+    assert distance(share) < 62.5 and counts.min() > 0 # chi-square, 32 degrees, p = .001
+    assert distance(np.full(48, 1 / 3)) > 1000 # mutation: every clip of a song as often
+
+
+@pytest.mark.parametrize("changed", [{"seed": 4}, {"lengths": SAMPLES[::-1]}, {"song_of": SONG_OF[::-1]}], ids=lambda changed: [*changed][0])
+def test_songs_are_a_function_of_what_was_given(changed):
+    given = {"ids": CLIPS, "song_of": SONG_OF, "lengths": SAMPLES, "batch_size": 8, "seed": 3}
+    def ids(**given): return [SongOrder(**given).ids_of(number).tolist() for number in (7, 0, 300)]
+    assert ids(**given) == ids(**given) != ids(**{**given, **changed})
+
+
+def test_songs_do_not_depend_on_readers_ranks_or_the_size_of_a_batch():
+    groups = np.arange(48) // 3
+    options = dict(crop=300, groups=groups)
+    whole = heard(Loader(faulty.clips(), batch_size=8, **options), range(8))
+    working = Loader(faulty.Slow(), batch_size=8, **options, workers=2)
+    for others in (working, Loader(faulty.clips(), batch_size=8, resident="cpu", **options)):
+        assert [ids for ids, _ in heard(others, range(8))] == [ids for ids, _ in whole]
+    working.close()
+    shares = [heard(Loader(faulty.clips(), batch_size=8, **options), range(8), rank, 2) for rank in (0, 1)]
+    assert all((ids[rank::2], waves[rank::2]) == share for rank in (0, 1) for (ids, waves), share in zip(whole, shares[rank]))
+    halves = [ids for ids, _ in heard(Loader(faulty.clips(), batch_size=4, **options), range(16))]
+    assert [a + b for a, b in zip(halves[::2], halves[1::2])] == [ids for ids, _ in whole]
+    assert all(len(set(groups[ids])) == 8 for ids, _ in whole)
+
+
+def test_groups_that_cannot_be_are_refused():
+    groups = np.arange(48) // 8
+    with pytest.raises(ValueError, match="6 songs cannot fill a batch of 8"): Loader(faulty.clips(), batch_size=8, groups=groups)
+    assert len(Loader(faulty.clips(), batch_size=8, groups=groups, smaller_ok=True)(0)) == 8
+    with pytest.raises(ValueError, match="got groups and a window of 2 shards"): Loader(faulty.clips(), batch_size=4, groups=groups, window=2)
+    with pytest.raises(IndexError): Loader(faulty.clips(), batch_size=4, groups=groups[:40])
+
+
+def test_without_codes_and_groups_the_state_is_what_older_runs_wrote():
+    facts = {"seed", "batch_size", "crop", "short", "smaller_ok", "window", "ids", "source"}
+    assert set(Loader(faulty.clips(), batch_size=8).state()) == facts
+    assert set(Loader(faulty.clips(), batch_size=8, groups=np.arange(48)).state()) == {*facts, "groups"}
 
 
 # -------------------------------------------------------------------------------------------------------- short clips
@@ -303,7 +368,7 @@ def test_a_run_refuses_other_batches_by_name(tmp_path, monkeypatch):
     go()
     go(resident="cpu")
     refused = {"seed": {"seed": 1}, "batch_size": {"size": 16}, "crop": {"crop": 30}, "short": {"short": "pad"}, "smaller_ok": {"smaller_ok": True},
-               "ids": {"ids": range(63)}}
+               "ids": {"ids": range(63)}, "groups": {"groups": np.arange(64) // 2}}
     for field, options in refused.items():
         with pytest.raises(Mismatch, match=rf"(?s)is of another run\s+batches.{field}: got [^\n]*, wanted [^\n]*$"): go(**options)
     monkeypatch.setattr(Loader, "state", lambda loader: {}) # mutation: nothing is remembered
