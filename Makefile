@@ -46,7 +46,7 @@ gpu-check: $(READY)
 	$(BIN)/python benchmarks/data.py --only P17 R14 --device cuda
 	$(BIN)/python benchmarks/features.py --only P6 --device cuda
 	$(BIN)/python benchmarks/augment.py --only P3 --device cuda
-	$(BIN)/python benchmarks/train.py --only P9 MT --device cuda
+	$(BIN)/python benchmarks/train.py --only P9 P11 P12 MT --device cuda
 
 clean:
 	rm -rf figures/smoke figures/test .cache build dist *.egg-info

@@ -1,9 +1,11 @@
 """Does a training step waste time or memory? The loss, SampleCNN's step, heads and checkpoints, against what one would otherwise write.
 
-    python benchmarks/train.py [--quick] [--json] [--only P8 MT P13 P14 P15 P22] [--device cuda]
+    python benchmarks/train.py [--quick] [--json] [--only P8 MT P11 P13 P14 P15 P22] [--device cuda]
 
 P8   CLMR's step on one core against the official modules: convolution, batch norm, ReLU, pooling, two passes, the same weights
 P9   the same in bf16 on a GPU (--device cuda), views resident: its share of what the memory's speed allows, and against the official modules in fp32
+P11  MERT's step at 95M in bf16 on a GPU (--device cuda), all teachers asked, codes ready: its share of the speed of a large matrix product
+P12  the same at 330M
 MT   targets of the multi-task workers, measured inside the step: their share of it, in all and one by one; with --device cuda the encoder is as
      large as PASE's and the step runs in bf16
 P13  heads on masked frames only against heads on all frames, of which the loss then takes the masked ones; the head alone, a plain one of the
@@ -43,12 +45,14 @@ from torch import Tensor, nn
 
 from musicssl.audio import Batch
 from musicssl.checkpoint import full_state, load_checkpoint, save_checkpoint
+from musicssl.devices import largest_batch
 from musicssl.encoders.frames import FrameTransformer
 from musicssl.encoders.samplecnn import SampleCNN
 from musicssl.features.targets import Targets
 from musicssl.encoders.transformer import attend
-from musicssl.meter import copy_limit
+from musicssl.meter import copy_limit, flops, matrix_limit
 from musicssl.objectives.clmr import CLMR, nt_xent
+from musicssl.objectives.mert import MERTPretext
 from musicssl.objectives.multitask import MultiTask
 from musicssl.train import TrainConfig
 from paired import Disagreement, Row, as_json, header, paired, row, seconds, table
@@ -75,14 +79,15 @@ class Size:
     children: int # processes whose memory is measured in P22
     workers: tuple[str, int] # preset and clips of MT
     gpu_workers: tuple[str, int] # the same on a GPU
+    merts: dict[str, tuple[str, int]] # preset of P11 and P12, and clips in a step at most
 
 
 SIZES = {"full": Size(None, "paper", 4, 256, (4, 374), "base", (512, 2048, 4096), 256, ("8k-quarter", 48), 3,
-                     ("quarter", 16), ("pase", 32)),
+                     ("quarter", 16), ("pase", 32), {"P11": ("95M", 128), "P12": ("330M", 64)}),
          "quick": Size(3, "paper", 2, 256, (2, 374), "base", (512, 2048, 4096), 128, ("8k-quarter", 48), 1,
-                      ("quarter", 8), ("pase", 32)),
+                      ("quarter", 8), ("pase", 32), {"P11": ("95M", 128), "P12": ("330M", 64)}),
          "test": Size(1, "toy", 2, 2, (2, 20), "tiny", (16, 520, 1040), 12, ("toy", 2), 1,
-                     ("tiny", 2), ("tiny", 2))}
+                     ("tiny", 2), ("tiny", 2), {"P11": ("tiny", 2), "P12": ("tiny", 3)})}
 
 
 def random(*shape: int, device: str = "cpu") -> Tensor:
@@ -255,6 +260,35 @@ def on_gpu(size: Size, device: str) -> list[Row]:
     name = f"step of {size.gpu_pairs} pairs in bf16 on {device}"
     return [row("P9", f"{name}: pairs/s : limit of {PASSES} passes over the activations", pace, limit, at_least=.25, note=said),
             row("P9", f"{name}: official modules in fp32, as PyTorch comes, : ours", times["theirs"], times["ours"], at_least=2.)]
+
+
+# P11 and P12: MERT's step
+
+def with_codes(objective: MERTPretext, clips: int, device: str) -> Batch:
+    """Noise, and what eight codebooks of 1,024 would say of it."""
+    encoder, drawn = objective.encoder, torch.Generator().manual_seed(0)
+    codes = torch.randint(1024, (clips, encoder.n_samples // encoder.hop, 8), generator=drawn)
+    return Batch(wave=.1 * random(clips, encoder.n_samples), codes=codes, seeds=torch.arange(clips)).to(device)
+
+
+def mert(id: str, least: float, size: Size, device: str) -> list[Row]:
+    """P11 or P12."""
+    (preset, most), half = size.merts[id], partial(torch.autocast, device, torch.bfloat16)
+    torch.manual_seed(0)
+    objective = MERTPretext.preset(preset, sizes=(1024,) * 8).to(device).eval()
+    few = with_codes(objective, 2, device)
+    with torch.no_grad():
+        with half(): rough = objective(few)["loss"]
+        agree(f"MERT's loss at {preset} in bf16", [rough], [objective(few)["loss"]], .05)
+    objective.train()
+    clips = largest_batch(lambda clips: workers_step(objective, with_codes(objective, clips, device))(), most)
+    batch = with_codes(objective, clips, device)
+    counted, limit = flops(objective, batch), matrix_limit(device, torch.bfloat16)
+    times = paired({"ours": workers_step(objective, batch)}, size.rounds)["ours"]
+    pace, seconds_of_clip = [clips / took for took in times], objective.encoder.n_samples / objective.encoder.sample_rate
+    said = f"{median(pace):,.0f} of {clips * limit / counted:,.0f} clips/s; {limit / 1e12:,.1f} TFLOP/s, {counted / clips / 1e9:,.0f} GFLOP a clip"
+    return [row(id, f"MERT {preset} on {device}, {clips} clips of {seconds_of_clip:.2f} s, bf16: arithmetic of the step : the limit of matrix products",
+                [counted / took / limit for took in times], at_least=least, note=said)]
 
 
 # MT: targets
@@ -474,22 +508,26 @@ def checkpoints(folder: Path, size: Size) -> list[Row]:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", dest="size", action="store_const", const="quick", default="full", help="within minutes")
-    parser.add_argument("--size", choices=SIZES, help="test: to see that everything runs, P9 on a CPU too if asked for")
+    parser.add_argument("--size", choices=SIZES, help="test: to see that everything runs, P9, P11 and P12 on a CPU too if asked for")
     parser.add_argument("--json", action="store_true", help="one object by target instead of the table")
-    parser.add_argument("--only", nargs="+", choices=("P8", "P9", "MT", "P13", "P14", "P15", "P22"),
-                        help="default: all but P9 on the CPU, P9 and MT on a GPU")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: P9 and MT")
+    parser.add_argument("--only", nargs="+", choices=("P8", "P9", "P11", "P12", "MT", "P13", "P14", "P15", "P22"),
+                        help="default: all but P9, P11 and P12 on the CPU, these and MT on a GPU")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: P9, P11, P12 and MT")
     given = parser.parse_args(arguments)
-    usual = ["P9", "MT"] if given.device == "cuda" else ["P8", "MT", "P13", "P14", "P15", "P22"]
+    usual = ["P9", "P11", "P12", "MT"] if given.device == "cuda" else ["P8", "MT", "P13", "P14", "P15", "P22"]
     only, size, rows = given.only or usual, SIZES[given.size], []
     torch.set_num_threads(1)
-    if "P9" in only and given.size != "test" and not (given.device == "cuda" and torch.cuda.is_available()): only = [id for id in only if id != "P9"]
+    of_gpus = ("P9", "P11", "P12")
+    if given.size != "test" and not (given.device == "cuda" and torch.cuda.is_available()): only = [id for id in only if id not in of_gpus]
     if "MT" in only and given.device == "cuda" and not torch.cuda.is_available():
         only = [id for id in only if id != "MT"]
         print("MT: skipped, --device cuda needs a GPU", file=sys.stderr)
-    if "P9" not in only: print("P9: skipped, it needs a GPU and --device cuda", file=sys.stderr)
+    for id in of_gpus:
+        if id not in only: print(f"{id}: skipped, it needs a GPU and --device cuda", file=sys.stderr)
     if "P8" in only: rows += samplecnn(size)
     if "P9" in only: rows += on_gpu(size, given.device)
+    for id, least in (("P11", .4), ("P12", .45)):
+        if id in only: rows += mert(id, least, size, given.device)
     if "MT" in only: rows += multitask(size, given.device)
     if "P13" in only: rows += masked_only(size)
     if "P14" in only: rows += attention(size)

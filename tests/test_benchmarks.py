@@ -158,7 +158,7 @@ def test_the_benchmark_of_the_training_step_as_json(capsys, monkeypatch):
     said = capsys.readouterr()
     found = json.loads(said.out)
     targets = lambda id: sorted(row["at_least"] or row["at_most"] for row in found[id]["rows"] if row["at_least"] or row["at_most"])
-    assert list(found) == ["P8", "MT", "P13", "P14", "P15", "P22"] and "P9: skipped" in said.err
+    assert list(found) == ["P8", "MT", "P13", "P14", "P15", "P22"] and all(f"{id}: skipped" in said.err for id in ("P9", "P11", "P12"))
     together, each = ([row["what"] for row in found["MT"]["rows"] if ("alone" in row["what"]) == alone] for alone in (False, True))
     measured = [name for name in GROUPS["every"] if WORKERS[name].kind == "regression"]
     assert ["'all'" in together[0], "'every'" in together[1], len(together)] == [True, True, 2] and [what.split()[0] for what in each] == measured
@@ -172,12 +172,20 @@ def test_the_step_of_the_gpu_runs_on_a_cpu_when_only_that_is_wanted(capsys):
     assert [row["at_least"] for row in json.loads(capsys.readouterr().out)["P9"]["rows"]] == [.25, 2.]
 
 
-@pytest.mark.parametrize("arguments", [["--only", "P9"], ["--device", "cuda"]], ids=" ".join)
+def test_merts_step_of_the_gpu_runs_on_a_cpu_when_only_that_is_wanted(capsys):
+    train.main([*TRAINING, "P11", "P12"])
+    found = json.loads(capsys.readouterr().out)
+    assert [(row["at_least"], " 2 clips of 2.56 s" in row["what"]) for id in ("P11", "P12") for row in found[id]["rows"]] == [(.4, True), (.45, False)]
+    assert all(0 < row["ratio"] < 1 for id in found for row in found[id]["rows"])
+
+
+@pytest.mark.parametrize("arguments", [["--only", "P9", "P11", "P12"], ["--device", "cuda"]], ids=" ".join)
 def test_without_a_gpu_its_step_is_skipped_aloud(arguments, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     train.main([*arguments, "--json"])
     said = capsys.readouterr()
-    assert json.loads(said.out) == {} and "P9: skipped, it needs a GPU" in said.err and ("MT: skipped" in said.err) == ("cuda" in arguments)
+    assert json.loads(said.out) == {} and all(f"{id}: skipped, it needs a GPU" in said.err for id in ("P9", "P11", "P12"))
+    assert ("MT: skipped" in said.err) == ("cuda" in arguments)
 
 
 def another_temperature(monkeypatch): monkeypatch.setattr(train, "nt_xent", lambda *z, right=train.nt_xent, **more: right(*z, .5001))
@@ -215,13 +223,19 @@ def targets_that_come_late(monkeypatch): # when measured alone; in the step they
     monkeypatch.setattr(train, "Targets", Late)
 
 
+def another_loss_in_bf16(monkeypatch):
+    """Half precision that changes what is asked, not only how precisely."""
+    def forward(self, batch, right=train.MERTPretext.forward): return {"loss": right(self, batch)["loss"] * (1.2 if torch.is_autocast_enabled("cpu") else 1)}
+    monkeypatch.setattr(train.MERTPretext, "forward", forward)
+
+
 class Late(Targets):
     def forward(self, wave): return super().forward(wave.roll(160, 1))
 
 
-FAULTS = {"P8": another_temperature, "MT": targets_that_come_late, "P13": heads_that_mix_frames, "P14": attention_that_hears_less,
+FAULTS = {"P8": another_temperature, "P11": another_loss_in_bf16, "MT": targets_that_come_late, "P13": heads_that_mix_frames, "P14": attention_that_hears_less,
           "P15": half_the_gradient, "P22": rounded_weights}
-WORDS = {"P8": "SimCLR step of SampleCNN: the loss", "MT": "logmel in the step and alone: a number is", "P13": "the head alone: the loss",
+WORDS = {"P8": "SimCLR step of SampleCNN: the loss", "P11": "MERT's loss at tiny in bf16: the loss", "MT": "logmel in the step and alone: a number is", "P13": "the head alone: the loss",
          "P14": "128 frames: a number is", "P15": "16 pairs, .*: the gradient", "P22": "the weights read back"}
 
 

@@ -15,6 +15,7 @@ from musicssl.augment import clmr_chain, clmr_views
 from musicssl.data import loader as library
 from musicssl.data.loader import Arrays, Loader
 from musicssl.data.store import StoreWriter
+from musicssl.encoders.mert import MERT
 from musicssl.encoders.samplecnn import SampleCNN
 from musicssl.experiments import clmr
 from musicssl.features.cqt import CQT, ChromaCQT
@@ -111,6 +112,26 @@ def test_bf16_training_learns_and_says_how_fast(tmp_path, capsys):
     with capsys.disabled():
         print(f"\nencoder step, bf16: {pairs / min(timed[2:]):.0f} pairs/s; copy {bandwidth / 1e12:.2f} TB/s; "
               f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB on {torch.cuda.get_device_name()}")
+
+
+@pytest.mark.parametrize("norm", ["post", "pre"])
+def test_merts_network_and_gradient_equal_the_cpu(norm):
+    """At the published width, three layers; hidden frames; an odd number of frames; then in bf16, near it."""
+    torch.manual_seed(0)
+    encoder, wave, found = MERT(n_layers=3, norm=norm).eval(), noise(4, 40_320), {}
+    for device in ("cpu", "cuda"):
+        encoder.to(device).zero_grad()
+        features = encoder.front(wave.to(device))
+        layers = encoder.encode(features, torch.arange(features.shape[1], device=device).expand(4, -1) % 3 == 0)
+        (layers[:, -1] * torch.linspace(-1, 1, 768, device=device)).mean().backward()
+        found[device] = layers.detach().cpu(), [weights.grad.cpu() for weights in encoder.parameters()]
+    assert found["cpu"][0].shape[2] % 2
+    assert_close(found["cuda"][0], found["cpu"][0], atol=1e-4, rtol=1e-3)
+    for (name, _), on_gpu, on_cpu in zip(encoder.named_parameters(), found["cuda"][1], found["cpu"][1]):
+        assert (on_gpu - on_cpu).norm() <= 1e-3 * on_cpu.norm() + 1e-8, name
+    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16): rough = encoder.encode(encoder.front(wave.cuda()))
+    with torch.no_grad(): exact = encoder.encode(encoder.front(wave.cuda()))
+    assert 0 < (rough - exact).abs().mean() < .05 * exact.std()
 
 
 def test_musicoders_masks_equal_the_cpu():
