@@ -22,7 +22,7 @@ ORDER = ["settings", "files", "checkpoint", "compat", "audio",
          "experiments.floors", "experiments.scorebox", "experiments.clmr", "experiments.musicoder", "experiments.multitask",
          "experiments.mulap", "experiments.mert", "experiments.clmr_choices", "experiments.clmr_inside", "cluster", "reproduce"]
 # What networks and objectives are made of; apart from these, they do not know each other.
-PARTS = {"encoders.base", "encoders.transformer", "encoders.text", "objectives.workers", "objectives.weighting", "objectives.coattention"}
+PARTS = {"encoders.base", "encoders.transformer", "encoders.text", "objectives.workers", "objectives.weighting", "objectives.coattention", "experiments.clmr"}
 # Rooms that know no paper: no network, objective or experiment may enter, only the contract of an encoder.
 PAPERLESS = {"optim", "devices", "checkpoint", "teachers.rvq", "teachers.codec", "teachers.kmeans", "zoo", "meter", "update", "train", "records", "report",
              *(f"probe.{room}" for room in ("metrics", "intervals", "frozen", "logistic", "readouts", "beats", "tasks", "finetune", "robustness", "filters"))}
