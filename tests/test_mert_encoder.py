@@ -4,19 +4,22 @@ import os
 import re
 import sys
 
+import numpy as np
 import pytest
+import soundfile as sf
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from musicssl import compat
+from musicssl import compat, reproduce
 from musicssl.audio import Batch
 from musicssl.checkpoint import Mismatch
 from musicssl.encoders import mert
 from musicssl.encoders.base import count_parameters
 from musicssl.encoders.mert import MERT, frames_of, read_pretrained, relax
 from musicssl.meter import flops
+from musicssl.probe import frozen
 from musicssl.zoo import load_encoder, save_encoder
 
 compat.torchaudio() # before transformers, which asks for it
@@ -52,15 +55,18 @@ def hubert(kind):
     return model
 
 
+class Huberts(dict):
+    """By kind: the model and the folder it wrote, made when first asked for."""
+    def __init__(self, root): self.root = root
+
+    def __missing__(self, kind):
+        (model := hubert(kind)).save_pretrained(self.root / kind)
+        self[kind] = model, self.root / kind
+        return self[kind]
+
+
 @pytest.fixture(scope="module")
-def huberts(tmp_path_factory):
-    """Each kind, and the folder it wrote."""
-    found = {}
-    for kind in NETS:
-        folder = tmp_path_factory.mktemp(kind)
-        (model := hubert(kind)).save_pretrained(folder)
-        found[kind] = model, folder
-    return found
+def huberts(tmp_path_factory): return Huberts(tmp_path_factory.mktemp("huberts"))
 
 
 def rewritten(folder, target, change=lambda tensors: tensors, **config):
@@ -444,6 +450,22 @@ def test_a_converted_file_is_opened_by_name(huberts, tmp_path):
     save_encoder(tmp_path / "converted.safetensors", ours)
     again = load_encoder(tmp_path / "converted.safetensors")
     assert again.settings == ours.settings and again.n_samples == ours.n_samples and torch.equal(again(noise()).layers, ours(noise()).layers)
+
+
+@torch.no_grad()
+def test_a_converted_file_embeds_a_folder(huberts, tmp_path, monkeypatch):
+    """What the command writes is what the network answers, and what transformers does."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "music").mkdir()
+    wave = noise(2, 24_000)
+    for name, row in zip("ab", wave): sf.write(f"music/{name}.wav", row.numpy(), 24_000, subtype="FLOAT")
+    model, folder = huberts["post"]
+    save_encoder("converted.safetensors", MERT.from_pretrained(folder, n_samples=24_000))
+    assert reproduce.main(["embed", "music", "--encoder", "converted.safetensors", "--out", "out"]) == 0
+    heard, answer = frozen.open_features("out"), model(wave, output_hidden_states=True)
+    near = dict(atol=1e-5, rtol=0)
+    np.testing.assert_allclose(heard.clip, answer.last_hidden_state.mean(1), **near)
+    np.testing.assert_allclose(heard.layers, torch.stack([state.mean(1) for state in answer.hidden_states], 1), **near)
 
 
 @pytest.mark.parametrize("settings, words", [
