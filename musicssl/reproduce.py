@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import cluster, devices, files, records, settings, zoo
+from . import audio, cluster, devices, files, records, settings, zoo
 from .cluster import experiment_of, fill_grid, record_folder, scratch_folder
 from .data import folder as audio_folder
 from .probe import frozen
@@ -174,6 +174,8 @@ def _parser() -> argparse.ArgumentParser:
     _data_parser(commands.add_parser("data", help="prepare a folder of audio; list, explain or check what there is"))
     _encoder_parsers(commands.add_parser("evaluate", help="ask encoders everything and print the table"),
                      commands.add_parser("embed", help="turn a folder of audio into features on disk"))
+    _file_parsers(commands.add_parser("tag", help="say what plays in a sound file, and when"),
+                  commands.add_parser("convert", help="turn published weights into a file of ours, or a file of ours into ONNX"))
     return parser
 
 def _which_grid(parser: argparse.ArgumentParser, required: bool = False) -> None:
@@ -261,9 +263,57 @@ def _embed(given: argparse.Namespace) -> int:
     print(frozen.embedding_summary(frozen.embed_folder(given.folder, zoo.load_encoder(given.encoder), given.out, **how)))
     return 0
 
+# %% ../nbs/92_reproduce.ipynb #f5da57f8
+def _file_parsers(tag: argparse.ArgumentParser, convert: argparse.ArgumentParser) -> None:
+    tag.add_argument("file", help="a sound file soundfile reads")
+    who = tag.add_mutually_exclusive_group()
+    who.add_argument("--tagger", metavar="T.safetensors", help="as `--keep` or a run of chapter 1 writes it (musicssl runs run --profile smoke --paper clmr)")
+    who.add_argument("--encoder", metavar="WHAT", help="as for evaluate; a read-out of instruments is fitted on ScoreBox")
+    tag.add_argument("--profile", help="a profile of settings.ini decides how much of ScoreBox a read-out is fitted on; default: the one it names")
+    tag.add_argument("--keep", metavar="T.safetensors", help="keep the tagger that was fitted")
+    tag.add_argument("--out", action="append", default=[], metavar="FILE", help=".csv for all scores, .png for the taggram; may be said twice")
+    tag.add_argument("--hop", type=float, metavar="S", help="seconds from one window to the next; default: a window")
+    tag.add_argument("--top", type=int, default=10, metavar="N", help="tags that are printed and drawn; default: %(default)s")
+    convert.add_argument("source", help="an official checkpoint, a folder of transformers; for ONNX an encoder as for evaluate, or a tagger's file")
+    convert.add_argument("target", help="ends in .safetensors or .onnx")
+    convert.add_argument("--encoder", metavar="NAME", help="whose published weights these are: samplecnn or mert; not for .onnx")
+
+# %% ../nbs/92_reproduce.ipynb #b3230c87
+_NO_TAGGER = "wanted --tagger FILE, which a run of chapter 1 writes (musicssl runs run --profile smoke --paper clmr), or --encoder WHAT, e.g. mfcc: " \
+             "a read-out is then fitted on ScoreBox"
+
+def _tag(given: argparse.Namespace) -> int:
+    from musicssl import tag
+    if not (given.tagger or given.encoder): raise ValueError(_NO_TAGGER)
+    if given.keep and not given.encoder: raise ValueError("--keep is for a tagger that is fitted here: with --encoder")
+    audio.info(given.file) # before anything long begins
+    if given.tagger: tagger = tag.load_tagger(given.tagger).to(devices.accelerator())
+    else:
+        sizes = cluster.experiment_of("floors").sizes(given.profile or settings.default_profile())
+        tagger = tag.fit_tagger(zoo.load_encoder(given.encoder), sizes, device=devices.accelerator())
+    if given.keep: tag.save_tagger(given.keep, tagger)
+    heard = tag.tag(tagger, given.file, given.hop)
+    told = [f"{name} {value:.2f}" if isinstance(value, float) else f"{name} {value}" for name, value in tagger.about.items()]
+    print(tag.printed(heard, given.top), f"the read-out: {', '.join(told) or 'nothing is noted about it'}", sep="\n")
+    for path in given.out: tag.save(heard, path, given.top)
+    return 0
+
+def _convert(given: argparse.Namespace) -> int:
+    if (onnx := given.target.endswith(".onnx")) == bool(given.encoder): raise ValueError("wanted --encoder NAME for a target in .safetensors, and none for .onnx")
+    if not onnx: encoder = zoo.convert(given.encoder, given.source, given.target)
+    else:
+        from musicssl import tag
+        tagger = tag.load_tagger(given.source) if given.source.endswith(".safetensors") and tag.is_tagger(given.source) else None
+        encoder = tagger.encoder if tagger else zoo.load_encoder(given.source)
+        zoo.export_onnx(encoder, given.target, tagger and tagger.probe, {"tags": tagger.tags} if tagger else None)
+    window = f", windows of {encoder.n_samples / encoder.sample_rate:.2f} s" if getattr(encoder, "n_samples", None) else ""
+    print(f"{given.target}: {type(encoder).__name__} at {encoder.sample_rate} Hz{window}")
+    return 0
+
 def _with_encoders(given: argparse.Namespace, profile: str) -> int:
-    try: return _embed(given) if given.command == "embed" else _evaluate(given, profile)
-    except (OSError, RuntimeError) as error: raise ValueError(str(error)) from error # no such folder, too many bad files, no room, a changing encoder
+    doing = {"evaluate": lambda given: _evaluate(given, profile), "embed": _embed, "tag": _tag, "convert": _convert}
+    try: return doing[given.command](given)
+    except (OSError, RuntimeError) as error: raise ValueError(str(error)) from error # no such file, too many bad ones, no room, a changing encoder
 
 # %% ../nbs/92_reproduce.ipynb #697b74ca
 def main(
@@ -273,7 +323,7 @@ def main(
     given = _parser().parse_args(arguments)
     try:
         if given.command == "data": return _data(given)
-        if given.command == "embed": return _with_encoders(given, "")
+        if given.command in ("embed", "tag", "convert"): return _with_encoders(given, "")
         profile = given.profile or settings.default_profile()
         if given.command == "reproduce": return reproduce(profile, given.paper, given.fresh)
         settings.load(profile)
@@ -283,7 +333,7 @@ def main(
         extra, what = ("submitit", "it") if error.name == "submitit" else ("nb", "what the notebooks need")
         print(f"musicssl: {error}; `pip install 'musicssl[{extra}]'` brings {what}", file=sys.stderr)
         return 1
-    except (ValueError, files.Locked, records.RunsFailed) as error:
+    except (ValueError, ImportError, files.Locked, records.RunsFailed) as error:
         print(f"musicssl: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
