@@ -36,7 +36,7 @@ def span_mask(
     spans = (share * n_frames / span + uniform(fold_in(seeds, "spans"))).long().clamp(min_spans, max(places, min_spans))
     luck = uniform(fold_in(seeds, "places")[:, None] + torch.arange(places, device=seeds.device))       # the lowest are drawn
     begins = luck.argsort(1).argsort(1) < spans[:, None]
-    begun = F.pad(begins.long(), (span, n_frames - places)).cumsum(1)                                   # so many before each frame, and span before that
+    begun = F.pad(begins.long(), (span, n_frames - places)).cumsum(1)                                   # up to each frame
     return begun[:, span:] > begun[:, :-span]
 
 # %% ../../nbs/68_mert.ipynb #64a5087a
@@ -92,7 +92,7 @@ class Teachers(nn.Module):
         self.codes, self.cqt, self.log_cqt = codes, _new_cqt(encoder, cqt), log_cqt
         self.sizes = tuple(sizes if sizes is not None else (1024,) * 8 if codes is None else codes.sizes)
         if not self.sizes and cqt is None: raise ValueError("got neither codebooks nor a spectrum, wanted one of them to learn from")
-        if codes is not None and tuple(codes.sizes) != self.sizes: raise ValueError(f"got sizes {self.sizes}, the teacher writes {tuple(codes.sizes)}")
+        if codes is not None and tuple(codes.sizes) != self.sizes: raise ValueError(f"got sizes {self.sizes}, the teacher writes {codes.sizes}")
         wanted = encoder.sample_rate, encoder.hop
         for who in (one for one in (codes, self.cqt) if one is not None and (one.sample_rate, one.hop) != wanted):
             raise ValueError(f"{type(who).__name__} steps by {who.hop} samples at {who.sample_rate} Hz, the encoder by {wanted[1]} at {wanted[0]} Hz")
@@ -112,7 +112,8 @@ def _codes_of(teachers: Teachers, batch: Batch) -> Tensor | None: # (B, N, Q)
     if codes is None and teachers.codes is not None:
         with torch.autocast(batch.wave.device.type, enabled=False): codes = teachers.codes(batch.wave)
     if codes is None or codes.ndim != 3 or codes.shape[2] != len(teachers.sizes):
-        raise ValueError(f"got codes {None if codes is None else tuple(codes.shape)}, wanted (B, N, {len(teachers.sizes)}) in batch.codes or by a teacher")
+        found = None if codes is None else tuple(codes.shape)
+        raise ValueError(f"got codes {found}, wanted (B, N, {len(teachers.sizes)}) in batch.codes or by a teacher")
     return codes.long()
 
 @torch.no_grad()
@@ -186,7 +187,7 @@ class Heard(NamedTuple):
 # %% ../../nbs/68_mert.ipynb #d2e5b01f
 def _wide(x: Tensor) -> Tensor: return x.to(torch.promote_types(x.dtype, torch.float32))
 
-def _counts(model: "MERTPretext", heard: Heard) -> tuple[Tensor, Tensor, list[Tensor]]: # mean per device: hidden frames, all, asked about each codebook
+def _counts(model: "MERTPretext", heard: Heard) -> tuple[Tensor, Tensor, list[Tensor]]: # mean per device: hidden, all, asked by codebook
     counts = torch.tensor([len(heard.at), heard.mask.numel(), *map(len, heard.asked)], dtype=torch.float64, device=heard.last.device)
     if model.gather is not None: counts = model.gather(counts).mean(0)
     hidden, total, *asked = counts.clamp_min(1).to(torch.promote_types(heard.last.dtype, torch.float32))
@@ -232,7 +233,7 @@ class _Listening:
         batch: Batch, # `wave` (B, T), clips of equal length; `seeds` or `generator`; `codes` (B, N, Q) unless there is a teacher
     ) -> Heard: # for `guess`, and for pictures
         "Ask the teachers, mix, hide, encode."
-        if batch.wave is None or batch.lengths is not None: raise ValueError("MERT needs batch.wave (B, T) without padding, got None or batch.lengths")
+        if batch.wave is None or batch.lengths is not None: raise ValueError("MERT needs batch.wave without padding, got None or batch.lengths")
         seeds, targets = row_seeds(batch.wave, batch.generator, batch.seeds, "MERT"), ask(self.teachers, batch)
         wave = batch.wave if self.mixture is None else self.mixture(batch.wave, seeds=seeds)
         features = self.encoder.front(wave)
@@ -256,7 +257,7 @@ _SIZES = {"95M": {"encoder": "95M", "mixture": {}},
 
 # %% ../../nbs/68_mert.ipynb #111094db
 class MERTPretext(_Listening, nn.Module, Presets):
-    """Codes and notes at hidden frames. Source: MERT, after its official code; "cpu" and "tiny" are ours. Raises: `ValueError` for what does not fit."""
+    """Codes and notes at hidden frames. Source: MERT, official code; "cpu", "tiny": ours. Raises: `ValueError` for what does not fit."""
     needs, _presets = {"wave"}, _SIZES
 
     def __init__(self,
@@ -296,6 +297,6 @@ class MERTPretext(_Listening, nn.Module, Presets):
 
     def forward(self,
         batch: Batch, # as for `listen`
-    ) -> dict[str, Tensor]: # scalars: "loss", "penalty", "masked"; of teachers there are: "code_loss" (sum), "code_accuracy" (mean), "accuracy_0" …; "cqt_loss"
+    ) -> dict[str, Tensor]: # "loss", "penalty", "masked"; by teacher "code_loss" (sum), "code_accuracy" (mean), "accuracy_0" …; "cqt_loss"
         "Score the guesses at hidden frames."
         return _scores(self, self.listen(batch))
