@@ -2,7 +2,6 @@
 import json
 import sys
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -13,6 +12,7 @@ from musicssl.data.codes import prepare_codes, teacher_fingerprint
 from musicssl.data.loader import Arrays
 from musicssl.features.mel import LogMel
 from musicssl.teachers import kmeans as library
+from musicssl.teachers.codec import RVQVAE, CodecTeacher
 from musicssl.teachers.kmeans import FEATURES, EncodecTeacher, KMeansTeacher, Teacher, check_teacher, load_teacher, save_teacher
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -146,6 +146,15 @@ def test_a_teacher_comes_back_from_its_file(teacher, waves, tmp_path):
     save_teacher(tmp_path / "t.safetensors", teacher, {"corpus": "tones"})
     again = load_teacher(tmp_path / "t.safetensors")
     assert torch.equal(again(waves), teacher(waves)) and teacher_fingerprint(again) == teacher_fingerprint(teacher) and not again.training
+
+
+def test_our_own_codec_is_opened_by_name(waves, tmp_path):
+    teacher = CodecTeacher(RVQVAE.preset("tiny"))
+    for book in teacher.codec.quantiser.buffers():
+        book.normal_(generator=torch.Generator().manual_seed(0)) if book.is_floating_point() else book.fill_(True) # as if it had been trained
+    save_teacher(tmp_path / "t.safetensors", teacher)
+    again = load_teacher(tmp_path / "t.safetensors")
+    assert torch.equal(again(waves[:1]), teacher(waves[:1])) and teacher_fingerprint(again) == teacher_fingerprint(teacher)
 
 
 def test_files_that_are_no_teachers_are_refused(teacher, tmp_path):
