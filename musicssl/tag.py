@@ -78,9 +78,10 @@ def fit_tagger(
     progress: bool = True, # show bars
 ) -> Tagger: # `about` says how many clips and how well
     """Fit a linear read-out of the instruments in ScoreBox. Raises: `ValueError` when the encoder's window is longer than a clip."""
-    sounds, rate = open_dataset("scorebox", encoder.sample_rate, sizes), encoder.sample_rate
+    rate = encoder.sample_rate
     if not getattr(encoder, "n_samples", None): encoder.n_samples = round(min(3., sizes.seconds) * rate)
     if (window := encoder.n_samples / rate) > sizes.seconds: raise ValueError(f"the encoder hears {window:.1f} s at a time, a clip lasts {sizes.seconds:g} s")
+    sounds = open_dataset("scorebox", rate, sizes)
     heard = stored_features(encoder, sounds, sounds.ids(), window, least=window, device=device, progress=progress)
     def of(split: str) -> tuple[np.ndarray, np.ndarray]: # (n, S, D) features, (n, C) tags
         ids = sounds.ids(split)
@@ -120,7 +121,7 @@ def tag(
     recording: str | Path | Tensor, # a sound file, or (T,) float at the tagger's rate
     hop: float | None = None, # s from one window to the next; None: a window
     batch: int = 64, # windows per forward pass
-) -> Tagged:
+) -> Tagged: # S scores of each of the C tags
     """Ask a tagger about a recording. Raises: `ValueError` for one shorter than a window or a hop that is none, `audio.AudioError` for a file that cannot be used."""
     wave = recording if isinstance(recording, Tensor) else audio.read(recording, tagger.sample_rate)
     rate, size, where = tagger.sample_rate, tagger.n_samples, next(tagger.probe.parameters()).device
