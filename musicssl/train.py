@@ -261,7 +261,7 @@ def largest_batch(
     first = read_batch(batches, 0, config.seed)
     def one_update(pairs: int) -> None:
         rows = torch.arange(2 * pairs) % len(first)
-        values = {name: getattr(first, name) for name in ("wave", "labels", "ids", "caption", "lengths") if getattr(first, name) is not None}
+        values = {name: getattr(first, name) for name in ("wave", "labels", "ids", "caption", "lengths", "codes") if getattr(first, name) is not None}
         repeated = Batch(**{name: [value[row] for row in rows.tolist()] if isinstance(value, list) else value[rows] for name, value in values.items()})
         prepared = fabric.setup(trial := copy.deepcopy(objective), new_optimizer(config.optimizer, trial, config.lr, config.weight_decay))
         update(fabric, *prepared, lambda number: repeated, config, 0)

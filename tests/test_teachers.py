@@ -179,7 +179,7 @@ def test_files_that_are_no_teachers_are_refused(teacher, tmp_path):
 @pytest.fixture(scope="module")
 def encodec(tmp_path_factory):
     """A folder with a small EnCodec of random weights, as transformers writes it."""
-    folder, transformers = tmp_path_factory.mktemp("encodec"), library._transformers()
+    folder, transformers = tmp_path_factory.mktemp("encodec"), compat.transformers("encodec")
     torch.manual_seed(0)
     config = transformers.EncodecConfig(num_filters=4, hidden_size=16, num_lstm_layers=1)
     model = transformers.EncodecModel(config)
@@ -238,7 +238,7 @@ def test_missing_weights_are_not_made_up(encodec, tmp_path):
     name = next(name for name in weights if name.startswith("encoder") and name.endswith("bias"))
     safetensors.torch.save_file({key: value for key, value in weights.items() if key != name}, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(Mismatch, match=f"does not fit EnCodec: .*missing_keys.*{name}"): EncodecTeacher(folder)
-    library._transformers().EncodecModel.from_pretrained(folder)
+    compat.transformers("encodec").EncodecModel.from_pretrained(folder)
 
 
 def test_without_transformers_it_says_what_to_install(encodec, monkeypatch):

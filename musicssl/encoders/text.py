@@ -6,8 +6,6 @@
 __all__ = ['SPECIAL', 'Tokens', 'Tokenizer', 'train_wordpiece', 'TextEncoder', 'bert_tokenizer', 'bert_encoder']
 
 # %% ../../nbs/58_text.ipynb #6f9a3afa
-import importlib
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
@@ -146,16 +144,7 @@ class TextEncoder(nn.Module):
 # %% ../../nbs/58_text.ipynb #5d6996da
 def _transformers(folder: str | Path) -> ModuleType:
     if not (Path(folder) / "config.json").is_file(): raise ValueError(f"{folder} is no folder with a BERT in it: there is no config.json")
-    compat.torchaudio()
-    alone = not {"transformers", "torchvision"} & set(sys.modules)
-    if alone: sys.modules["torchvision"] = None # words need no pictures, and one made for another torch would stop it
-    try:
-        found = importlib.import_module("transformers")
-        found.BertModel
-        return found
-    except ImportError as error: raise ImportError(f"reading BERT needs transformers: pip install 'musicssl[bert]' ({error})") from error
-    finally:
-        if alone: del sys.modules["torchvision"]
+    return compat.transformers("bert")
 
 def bert_tokenizer(
     folder: str | Path, # with tokenizer.json or vocab.txt, as published

@@ -7,10 +7,8 @@ __all__ = ['FEATURES', 'TEACHERS', 'Teacher', 'check_teacher', 'KMeansTeacher', 
 
 # %% ../../nbs/49_teachers.ipynb #99eb97e4
 import importlib
-import sys
 from collections.abc import Iterable
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -144,21 +142,9 @@ class KMeansTeacher(nn.Module, Presets):
         return torch.stack([book(wave) for book in self.books], -1)
 
 # %% ../../nbs/49_teachers.ipynb #96da5611
-def _transformers() -> ModuleType:
-    compat.torchaudio()
-    alone = not {"transformers", "torchvision"} & set(sys.modules)
-    if alone: sys.modules["torchvision"] = None # sound needs no pictures, and one made for another torch would stop it
-    try:
-        found = importlib.import_module("transformers")
-        found.EncodecModel
-        return found
-    except ImportError as error: raise ImportError(f"EnCodec needs transformers: pip install 'musicssl[encodec]' ({error})") from error
-    finally:
-        if alone: del sys.modules["torchvision"]
-
 def _encodec(folder: Path) -> nn.Module:
     if not (folder / "config.json").is_file(): raise ValueError(f"{folder} is no folder with an EnCodec in it: there is no config.json")
-    kind = _transformers().EncodecModel
+    kind = compat.transformers("encodec").EncodecModel
     if (found := kind.config_class.get_config_dict(folder, local_files_only=True)[0].get("model_type")) != "encodec":
         raise ValueError(f"{folder} holds a network of the kind {found}, wanted encodec")
     model, report = kind.from_pretrained(folder, local_files_only=True, output_loading_info=True)
@@ -173,7 +159,7 @@ class EncodecTeacher(nn.Module):
         bandwidth: float = 6., # kbit/s: how many codebooks, eight at 24,000 Hz
     ):
         super().__init__()
-        if isinstance(source, dict): self.model = _transformers().EncodecModel(_transformers().EncodecConfig.from_dict(source))
+        if isinstance(source, dict): self.model = compat.transformers("encodec").EncodecModel(compat.transformers("encodec").EncodecConfig.from_dict(source))
         else: self.model = _encodec(Path(source))
         config = self.model.config
         if config.audio_channels != 1 or config.normalize or config.chunk_length_s is not None:
