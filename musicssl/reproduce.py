@@ -293,7 +293,8 @@ def _tag(given: argparse.Namespace) -> int:
         tagger = tag.fit_tagger(zoo.load_encoder(given.encoder), sizes, device=devices.accelerator())
     if given.keep: tag.save_tagger(given.keep, tagger)
     heard = tag.tag(tagger, given.file, given.hop)
-    told = [f"{name} {value:.2f}" if isinstance(value, float) else f"{name} {value}" for name, value in tagger.about.items()]
+    told = [f"{name} {value:.2f}" if isinstance(value, float) else f"{name} {value}"
+            for name, value in tagger.about.items() if isinstance(value, (str, int, float))]
     print(tag.printed(heard, given.top), f"the read-out: {', '.join(told) or 'nothing is noted about it'}", sep="\n")
     for path in given.out: tag.save(heard, path, given.top)
     return 0
