@@ -115,6 +115,12 @@ _settings = {
     **{size: {**_paper, "encoder": size} for size in SampleCNN.presets() if size != "paper"},
 }
 
+
+def _loss_as(published: str | None, ranks: int) -> Callable[[Tensor, Tensor, float], Tensor]:
+    if published not in (None, *PUBLISHED): raise ValueError(f"got published={published!r}, wanted None or one of {', '.join(PUBLISHED)}")
+    if ranks < 1 or ranks > 1 and published is None: raise ValueError(f"got {ranks} ranks, wanted 1, or more for a published loss")
+    return partial(published_nt_xent, version=published, ranks=ranks) if published else nt_xent
+
 # %% ../../nbs/60_clmr.ipynb #ef7cc38b
 class CLMR(nn.Module, Presets):
     """Contrastive learning of musical representations: two views of every song must find each other.
@@ -136,10 +142,8 @@ class CLMR(nn.Module, Presets):
         ranks: int = 1, # on how many devices that code is thought to run
     ):
         super().__init__()
-        if published not in (None, *PUBLISHED): raise ValueError(f"got published={published!r}, wanted None or one of {', '.join(PUBLISHED)}")
-        if ranks < 1 or ranks > 1 and published is None: raise ValueError(f"got {ranks} ranks, wanted 1, or more for a published loss")
+        self.loss = _loss_as(published, ranks)
         self.encoder, self.chain, self.chain_j, self.temperature, self.gather = encoder, chain, chain_j, temperature, gather
-        self.published, self.ranks = published, ranks
         self.head = ProjectionHead(encoder.dim, encoder.dim, projection_dim)
 
     @classmethod
@@ -165,8 +169,7 @@ class CLMR(nn.Module, Presets):
         if batch.generator is None: raise ValueError("CLMR draws its views from batch.generator, got None; set a torch.Generator")
         view_i, view_j = clmr_views(batch.wave, self.chain, batch.generator, batch.seeds, self.chain_j)
         z_i, z_j = self.project(view_i), self.project(view_j)
-        loss = partial(published_nt_xent, version=self.published, ranks=self.ranks) if self.published else nt_xent
-        return {"loss": loss(z_i, z_j, self.temperature),
+        return {"loss": self.loss(z_i, z_j, self.temperature),
                 "positive_similarity": F.cosine_similarity(z_i.detach().float(), z_j.detach().float()).mean()}
 
 # %% ../../nbs/60_clmr.ipynb #fdae9d15

@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/80_probe.ipynb #91b67965
 from .beats import BeatHead, FittedBeats, decode_beats, decode_downbeats, fit_beats, frame_rate, frame_targets
+from .filters import activations, best_waveforms, spectra
 from .finetune import FineTune, fine_tune, freeze, stages, unfreeze
 from .frozen import Features, embed_folder, embedding_summary, extract, fingerprint, n_segments, open_features, read_features
 from .frozen import rows_of, stored_features, window_spans
@@ -16,5 +17,5 @@ from .metrics import KINDS, METRICS, Metric, best_thresholds, f1_at, key_score, 
 from .metrics import tagging_scores
 from .readouts import ENSEMBLES, PROTOCOLS, RULES, Fitted, Mixture, Neighbours, Probe, ReadOut, Search, aggregate, fit_probe
 from .readouts import fit_readout, knn, pool_segments, protocol_grid, search
-from .robustness import DAMAGE, curve, damage, damaged, truth_under
+from .robustness import DAMAGE, curve, damage, damaged, invariance, truth_under
 from .tasks import DATASETS, TASKS, Sizes, Task, Truth, budget, find, label_subset, open_dataset, register, segment_subset
