@@ -8,8 +8,8 @@ P11  MERT's step at 95M in bf16 on a GPU (--device cuda), all teachers asked, co
 P12  the same at 330M
 MT   targets of the multi-task workers, measured inside the step: their share of it, in all and one by one; with --device cuda the encoder is as
      large as PASE's and the step runs in bf16
-P13  heads on masked frames only against heads on all frames, of which the loss then takes the masked ones; the head alone, a plain one of the
-     size in the paper, on random frames
+P13  heads on masked frames only against heads on all frames, of which the loss then takes the masked ones, on random frames: both of MERT-95M's
+     with their prices, masked as in batches of sixteen, and of MusiCoder's the head alone, a plain one of the size in the paper
 P14  MusiCoder's encoder, four layers of 768, forward on one core: fused attention against the formula of attention written out
 P15  NT-Xent with its gradient, on one core, against the loss CLMR's code calls and against one masked matrix
 P22  a checkpoint against torch.save of the same tensors: time, memory beyond the state, share of training time at the default interval
@@ -36,7 +36,7 @@ from itertools import count
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from unittest.mock import patch
 
 import torch
@@ -52,7 +52,7 @@ from musicssl.features.targets import Targets
 from musicssl.encoders.transformer import attend
 from musicssl.meter import copy_limit, flops, matrix_limit
 from musicssl.objectives.clmr import CLMR, nt_xent
-from musicssl.objectives.mert import MERTPretext
+from musicssl.objectives.mert import Heard, MERTPretext, level, span_mask
 from musicssl.objectives.multitask import MultiTask
 from musicssl.train import TrainConfig
 from paired import Disagreement, Row, as_json, header, paired, row, seconds, table
@@ -348,13 +348,37 @@ class Head:
 
 
 def heads() -> list[Head]:
-    """MERT-95M: eight codebooks of 1,024, 54 % masked. MusiCoder, base: 324 bins, 15 % masked."""
+    """MusiCoder, base: 324 bins, 15 % masked."""
     torch.manual_seed(0)
-    codes, bins = nn.Linear(768, 8 * 1024), nn.Sequential(nn.Linear(768, 768), nn.GELU(), nn.LayerNorm(768), nn.Linear(768, 324))
-    drawn = lambda frames: torch.randint(1024, (frames, 8), generator=torch.Generator().manual_seed(1))
-    cross_entropy = lambda logits, target: F.cross_entropy(logits.view(-1, 1024), target.flatten())
-    return [Head("MERT's eight codes, the head alone", codes, .54, cross_entropy, drawn),
-            Head("MusiCoder's bins, the head alone", bins, .15, F.huber_loss, lambda frames: random(frames, 324))]
+    bins = nn.Sequential(nn.Linear(768, 768), nn.GELU(), nn.LayerNorm(768), nn.Linear(768, 324))
+    return [Head("MusiCoder's bins, the head alone", bins, .15, F.huber_loss, lambda frames: random(frames, 324))]
+
+
+def compare_heads(name: str, share: str, works: dict[str, Callable], logits: dict[str, int], rounds: int | None) -> list[Row]:
+    """Rows of two calls, "masked" and "all", that give a loss and its gradients; and of the bytes of what they predict."""
+    agree(name, works["masked"](), works["all"](), 1e-5)
+    times, peaks = loss_costs(works, rounds)
+    return [row("P13", f"{name}, logits: masked : all", [logits["masked"]], [logits["all"]], at_most=.55, note=share),
+            row("P13", f"{name}, peak memory of the pass: masked : all", peaks["masked"], peaks["all"]),
+            row("P13", f"{name}, time: all : masked", times["all"], times["masked"], at_least=.97)]
+
+
+def mert_heads(size: Size) -> list[Row]:
+    """Both heads of MERT-95M and their prices, behind whatever encoder: eight codebooks of 1,024 and four more rows, 336 bins, masks as they are drawn."""
+    torch.manual_seed(0)
+    objective = MERTPretext(SimpleNamespace(dim=768, sample_rate=24_000, hop=320))
+    (clips, n), frames, sixteen = size.frames, random(*size.frames, 768).requires_grad_(), torch.arange(16)
+    mask = level(span_mask(n, sixteen), sixteen)[:clips]
+    at, codes = mask.flatten().nonzero()[:, 0], torch.randint(1024, (clips, n, 8), generator=torch.Generator().manual_seed(1))
+    objective.listen = lambda batch: Heard(None, torch.zeros(1), mask, at, [torch.arange(len(at))] * 8, frames, codes, random(clips, n, 336))
+    leaves = [frames, *(p for p in objective.parameters() if p.requires_grad)]
+    def work(masked: bool) -> list[Tensor]:
+        objective.masked_only = masked
+        return with_gradient(objective(None)["loss"], *leaves)
+    logits = {"masked": frames.flatten(0, 1)[at], "all": frames.flatten(0, 1)}
+    nbytes = {name: sum(found.nbytes for found in objective.code_head(some)) for name, some in logits.items()}
+    works = {"masked": partial(work, True), "all": partial(work, False)}
+    return compare_heads("MERT's codes and notes", f"{mask.double().mean():.0%} masked", works, nbytes, size.rounds)
 
 
 def masked_only(size: Size) -> list[Row]:
@@ -368,14 +392,9 @@ def masked_only(size: Size) -> list[Row]:
         predict = {"masked": lambda: head.module(frames[mask]), "all": lambda: head.module(frames)}
         works = {"masked": lambda: with_gradient(head.loss(predict["masked"](), target), *leaves),
                  "all": lambda: with_gradient(head.loss(predict["all"]()[mask], target), *leaves)}
-        agree(head.name, works["masked"](), works["all"](), 1e-5)
-        times, peaks = loss_costs(works, size.rounds)
-        logits = {name: [work().nbytes] for name, work in predict.items()}
-        share = f"{head.masked:.0%} masked"
-        rows += [row("P13", f"{head.name}, logits: masked : all", logits["masked"], logits["all"], at_most=.55, note=share),
-                 row("P13", f"{head.name}, peak memory of the pass: masked : all", peaks["masked"], peaks["all"]),
-                 row("P13", f"{head.name}, time: all : masked", times["all"], times["masked"], at_least=.97)]
-    return rows
+        logits = {name: work().nbytes for name, work in predict.items()}
+        rows += compare_heads(head.name, f"{head.masked:.0%} masked", works, logits, size.rounds)
+    return rows + mert_heads(size)
 
 
 # P14: attention

@@ -196,7 +196,7 @@ def half_the_gradient(monkeypatch): # the loss is right
 
 
 def heads_that_mix_frames(monkeypatch):
-    right = train.heads()[1]
+    right, = train.heads()
     monkeypatch.setattr(train, "heads", lambda: [train.Head(right.name, Mixing(), right.masked, right.loss, lambda frames: torch.zeros(frames, 768))])
 
 
@@ -249,6 +249,15 @@ def test_a_step_that_disagrees_is_not_timed(id, monkeypatch):
     with pytest.raises(paired.Disagreement, match=WORDS[id]): train.main([*TRAINING, id])
     for check in ("agree", "near", "same_again"): monkeypatch.setattr(train, check, lambda *given: None)
     with pytest.raises(Timed): train.main([*TRAINING, id])
+
+
+def test_heads_of_mert_that_mix_frames_are_not_timed(monkeypatch):
+    right = train.MERTPretext.__init__
+    def mixing(self, *given, **more):
+        right(self, *given, **more)
+        self.code_head.register_forward_pre_hook(lambda head, inputs: (inputs[0] - inputs[0].mean(0), *inputs[1:]))
+    monkeypatch.setattr(train.MERTPretext, "__init__", mixing)
+    with pytest.raises(paired.Disagreement, match="MERT's codes and notes: the loss"): train.mert_heads(train.SIZES["test"])
 
 
 def test_targets_from_elsewhere_are_not_timed(monkeypatch):
