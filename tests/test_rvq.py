@@ -1,13 +1,11 @@
 """The residual quantiser against a referee, a slow loop and itself on two devices."""
-from functools import partial
-
 import pytest
 import torch
 from torch.testing import assert_close
 
 import musicssl.teachers.rvq as room
-from musicssl.audio import Batch
 from musicssl.augment import draw_seeds
+from musicssl.devices import share
 from musicssl.teachers.rvq import ResidualVQ, code_use, draw_inputs, kmeans, nearest, tally
 
 import rvq_ranks as ranks
@@ -163,7 +161,7 @@ def test_learning_is_a_function_of_batches_and_seeds_and_survives_a_stop():
 def test_dropout_answers_each_clip_with_as_many_codebooks_as_its_seed_says():
     quantiser, x = filled(dropout=True), points(4000, 2, 6)
     frozen = quantiser.codebooks.clone()
-    heard, parts = quantiser(x, seeds(4000)), []
+    heard = quantiser(x, seeds(4000))
     quantiser.codebooks.copy_(frozen)
     kept = torch.stack([(heard.quantised - quantiser.decode(heard.codes[..., :q])).abs().amax((1, 2)) < 1e-5 for q in range(1, 5)], 1)
     assert kept.any(1).all() and ((kept.double().mean(0) - .25).abs() < .03).all()
@@ -205,3 +203,18 @@ def test_two_processes_learn_what_one_does(pair):
 
 def test_each_for_itself_is_noticed(pair): # the mutation: no gather
     assert (pair[0]["each for itself"]["state"]["codebooks"] - alone()["state"]["codebooks"]).abs().max() > .1
+
+
+def test_two_processes_have_the_gradient_of_one_codec(pair):
+    model = ranks.codec()
+    model(ranks.sounds())
+    model(ranks.sounds())["loss"].backward()
+    for found in pair:
+        assert_close(found["codebooks"], model.quantiser.codebooks, atol=1e-5, rtol=1e-5)
+        for name, p in model.named_parameters(): assert_close(found["gradient"][name], p.grad, atol=1e-4, rtol=1e-3)
+
+
+def test_a_codec_alone_is_noticed(pair): # the mutation: half of the batch
+    model, half = ranks.codec(), share(ranks.sounds(), 0, 2)
+    model(half)
+    assert (pair[0]["codebooks"] - model.quantiser.codebooks).abs().max() > 1e-2

@@ -84,6 +84,7 @@ def _know_frequencies(down: nn.Module, up: nn.Module, level: float = 10.) -> Non
         nn.init.zeros_(layer.bias)
 
 def _encoder_and_decoder(channels: int, dim: int, strides: Sequence[int], units: int) -> tuple[nn.Module, nn.Module]:
+    if not strides or min(strides) < 2: raise ValueError(f"got strides {tuple(strides)}, wanted each at least 2")
     widths, encoder, decoder = [1, *(channels * 2**level for level in range(len(strides)))], [], []
     around = lambda width: [_Unit(width, 3**unit) for unit in range(units)]
     for given, made, stride in zip(widths, widths[1:], strides):
@@ -138,7 +139,7 @@ class _Codec(nn.Module):
 class RVQVAE(_Codec, Presets):
     """An autoencoder around a residual quantiser, and the objective that trains it.
 
-    Source: SoundStream and EnCodec, without discriminator. Raises: `ValueError` for a batch without waves, or with neither seeds nor a generator.
+    Source: SoundStream and EnCodec, without discriminator. Raises: `ValueError` for strides below 2, for a batch without waves, or with neither seeds nor a generator.
     """
     needs = {"wave"}
     _presets = {"24k": {}, "small": _SMALL, "tiny": {**_SMALL, "n_codes": 64}}
@@ -156,7 +157,7 @@ class RVQVAE(_Codec, Presets):
         dropout: bool = True, # of codebooks, as for `ResidualVQ`
         fft_sizes: Sequence[int] = (64, 128, 256, 512, 1024, 2048), # as for `SpectralLoss`
         wave_weight: float = 100., # of the mean absolute difference
-        commitment_weight: float = 1., # of the distance to the codes
+        commitment_weight: float = .25, # of the distance to the codes, as in van den Oord et al. 2017
         gather: Callable[[Tensor], Tensor] | None = None, # values of this device to (W, ...) of all; lent by `train.fit`
     ):
         rvq = dict(n_codes=n_codes, n_codebooks=n_codebooks, decay=decay, revive_below=revive_below, dropout=dropout)

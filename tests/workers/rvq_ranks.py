@@ -37,12 +37,6 @@ def sounds() -> Batch:
     return Batch(wave=.1 * torch.randn(8, 3200, generator=draw), seeds=draw_seeds(8, draw))
 
 
-def gradient(fabric, model, batch: Batch) -> dict:
-    parts = model(batch)
-    fabric.backward(parts["loss"])
-    return {"codes_used": parts["codes_used"].detach(), "gradient": {name: p.grad for name, p in model.named_parameters()}}
-
-
 def run(rank: int, folder: Path) -> dict:
     fabric = launch()
     def mine(batch: Batch) -> Batch: return share(batch, rank, RANKS)
@@ -51,8 +45,8 @@ def run(rank: int, folder: Path) -> dict:
     model = codec()
     model.gather = gathered(fabric)
     model(mine(sounds())) # the codebooks start
-    wrapped = fabric.setup_module(model)
-    found["codec"] = gradient(fabric, wrapped, mine(sounds()))
-    found["codec"]["gradient"] = {name.removeprefix("module."): value for name, value in found["codec"]["gradient"].items()}
+    wrapped = fabric.setup_module(model) # which adds the gradients up as long as it lives
+    fabric.backward(wrapped(mine(sounds()))["loss"])
+    found["gradient"] = {name: p.grad for name, p in model.named_parameters()}
     found["codebooks"] = model.quantiser.codebooks
     return found
