@@ -364,7 +364,7 @@ def compare_heads(name: str, share: str, works: dict[str, Callable], logits: dic
 
 
 def mert_heads(size: Size) -> list[Row]:
-    """Both heads of MERT-95M and their prices, behind whatever encoder: eight codebooks of 1,024 and four more rows, 336 bins, masks as they are drawn."""
+    """Both heads of MERT-95M and their prices, behind whatever encoder: eight codebooks of 1,024 and four more rows, 336 bins."""
     torch.manual_seed(0)
     objective = MERTPretext(SimpleNamespace(dim=768, sample_rate=24_000, hop=320))
     (clips, n), frames, sixteen = size.frames, random(*size.frames, 768).requires_grad_(), torch.arange(16)

@@ -1,4 +1,5 @@
 """The constant-Q transform and its chroma: the definition, librosa and nnAudio as referees, and signals with known answers."""
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -348,3 +349,13 @@ def test_the_benchmark_without_nnaudio(capsys, monkeypatch):
     printed = capsys.readouterr()
     assert "nnAudio" not in printed.out.split("\n", 1)[1] and "librosa : ours" in printed.out
     assert "no rows for nnAudio" in printed.err and "when last measured, 2026-" in printed.err
+
+
+def test_the_share_of_merts_step_is_measured_of_what_the_step_asks(monkeypatch):
+    """On a CPU, to see that it runs. Named mutation: a step that asks for the target of a louder wave."""
+    row = benchmark.in_the_step(benchmark.SIZES["test"], "cpu")
+    assert (row.id, row.at_most) == ("P6", .02) and 0 < row.ratio < .5
+    listen = benchmark.MERTPretext.listen
+    monkeypatch.setattr(benchmark.MERTPretext, "listen", lambda self, batch: listen(self, dataclasses.replace(batch, wave=1.02 * batch.wave)))
+    monkeypatch.setattr(benchmark, "paired", lambda *given: pytest.fail("timed"))
+    with pytest.raises(Disagreement, match="in the step and alone"): benchmark.in_the_step(benchmark.SIZES["test"], "cpu")
