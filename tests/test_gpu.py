@@ -21,6 +21,7 @@ from musicssl.experiments import clmr
 from musicssl.features.cqt import CQT, ChromaCQT
 from musicssl.features.frames import MusiCoderFrames
 from musicssl.objectives.clmr import CLMR, nt_xent
+from musicssl.objectives.mert import MERTPretext
 from musicssl.objectives.multitask import MultiTask
 from musicssl.objectives.musicoder import MusiCoder, hide
 from musicssl.probe.frozen import read_features
@@ -132,6 +133,21 @@ def test_merts_network_and_gradient_equal_the_cpu(norm):
     with torch.no_grad(), torch.autocast("cuda", torch.bfloat16): rough = encoder.encode(encoder.front(wave.cuda()))
     with torch.no_grad(): exact = encoder.encode(encoder.front(wave.cuda()))
     assert 0 < (rough - exact).abs().mean() < .05 * exact.std()
+
+
+def test_merts_objective_pays_on_the_gpu_what_it_pays_on_the_cpu():
+    """Mixture, masks and both teachers; masks and what is heard are the same, bit by bit."""
+    torch.manual_seed(0)
+    encoder = MERT.preset("tiny", dropout=0., attention_dropout=0., layerdrop=0.)
+    objective = MERTPretext.preset("tiny", encoder=encoder, sizes=(16, 16))
+    codes = torch.randint(16, (6, 192, 2), generator=torch.Generator().manual_seed(0))
+    batch, found = Batch(wave=noise(6, 61_440), codes=codes, seeds=torch.arange(6)), {}
+    for device in ("cpu", "cuda"):
+        objective.to(device)
+        heard, parts = objective.listen(batch.to(device)), objective(batch.to(device))
+        found[device] = heard.wave.cpu(), heard.mask.cpu(), {name: parts[name].cpu() for name in ("loss", "code_loss", "cqt_loss", "penalty", "masked")}
+    for on_gpu, on_cpu in zip(found["cuda"][:2], found["cpu"][:2]): assert torch.equal(on_gpu, on_cpu)
+    assert_close(found["cuda"][2], found["cpu"][2], atol=1e-4, rtol=1e-4)
 
 
 def test_musicoders_masks_equal_the_cpu():
