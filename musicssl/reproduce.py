@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import audio, cluster, devices, files, records, settings, zoo
-from .cluster import experiment_of, fill_grid, record_folder, scratch_folder
+from .cluster import experiment_of, fill_grid, owner_of, record_folder, scratch_folder
 from .data import folder as audio_folder
 from .probe import frozen
 
@@ -119,7 +119,7 @@ def _tasks(selected: list[Chapter], profile: str):
         yield {"name": chapter.name, "actions": [action], "verbosity": 2,
                "file_dep": [*shared, chapter.notebook],
                "targets": [settings.figures_dir(profile) / "notebooks" / chapter.notebook.name],
-               "uptodate": [config_changed(settings.load(profile, chapter.name)), (_is_fresh, [chapter, profile])]}
+               "uptodate": [config_changed(settings.load(profile, owner_of(chapter.name))), (_is_fresh, [chapter, profile])]}
 
 # %% ../nbs/92_reproduce.ipynb #4a4ac39d
 def reproduce(
@@ -329,7 +329,7 @@ def main(
         if given.command == "reproduce": return reproduce(profile, given.paper, given.fresh)
         settings.load(profile)
         if given.command == "evaluate": return _with_encoders(given, profile)
-        with cluster.asked_to_end(): _runs(given, profile, [chapter.name for chapter in chapters(given.paper)])
+        with cluster.asked_to_end(): _runs(given, profile, list(dict.fromkeys(owner_of(chapter.name) for chapter in chapters(given.paper))))
     except ModuleNotFoundError as error:
         extra, what = ("submitit", "it") if error.name == "submitit" else ("nb", "what the notebooks need")
         print(f"musicssl: {error}; `pip install 'musicssl[{extra}]'` brings {what}", file=sys.stderr)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from musicssl import probe, report, settings
+from musicssl import cluster, probe, report, settings
 from musicssl.experiments import clmr, clmr_choices as choices, clmr_inside
 from musicssl.tag import load_tagger
 
@@ -138,7 +138,7 @@ def test_what_is_kept_for_the_third_part(inside):
     assert arrays["twins|polarity"].shape == (3, min(64, len(corpus.ids("test"))))
     assert arrays["stories"].shape[0] == min(10, len(corpus.ids("test"))) and arrays["stories"].ndim == 3
     for block in clmr.BLOCKS: assert (np.diff(arrays[f"filters|{block}"].astype(np.float32).argmax(1)) >= 0).all(), "columns are sorted by their peak"
-    assert clmr_inside.grid("test") == []
+    assert clmr_inside.grid("test") == clmr.grid("test") and cluster.record_folder("clmr_inside", "test") == cluster.record_folder("clmr", "test")
 
 
 def test_labels_of_segments_are_those_of_their_clips():
