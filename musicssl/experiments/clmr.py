@@ -249,6 +249,7 @@ def labelled(
     pieces = [corpus.wave([clips[i]], at * size, size)[0].numpy() for i, at in zip(clip.tolist(), place.tolist())]
     return Loader(pieces, None, config["supervised_batch"], config["seed"], corpus.tags[clips][clip], smaller_ok=True)
 
+# %% ../../nbs/papers/1_clmr.ipynb #7faf45d5
 def segment_logits(
     objective: Supervised, # a tagger
     corpus: scorebox.Corpus, # clips
