@@ -99,14 +99,17 @@ def train_codec(
     if config.get("encodec"): return EncodecTeacher(config["encodec"])
     torch.manual_seed(0)
     codec = RVQVAE.preset(config["codec"])
-    batches = Loader(corpus.store, corpus.ids("train"), config["codec_batch"], crop=round(config["codec_seconds"] * corpus.sample_rate), resident="auto")
+    crop = round(config["codec_seconds"] * corpus.sample_rate)
+    batches = Loader(corpus.store, corpus.ids("train"), config["codec_batch"], crop=crop, resident="auto")
     engine = train.TrainConfig(config["codec_steps"], config["codec_rate"], clip_norm=1., checkpoint_every=max(1, config["codec_steps"] // 4))
     alone = Fabric(accelerator=devices.accelerator(), devices=1, plugins=LightningEnvironment()) # where torchrun started several, the others wait
     train.fit(codec, batches, engine, folder, alone)
     return CodecTeacher(codec)
 
 # %% ../../nbs/papers/5_mert.ipynb #64aae2b0
-TEACHERS = {"mfcc": (fit_groups, ("clusters", "fitted")), "rvq": (train_codec, ("codec", "codec_seconds", "codec_batch", "codec_steps", "codec_rate", "encodec"))}
+TEACHERS = { # who makes it, and what it depends on
+    "mfcc": (fit_groups, ("clusters", "fitted")),
+    "rvq": (train_codec, ("codec", "codec_seconds", "codec_batch", "codec_steps", "codec_rate", "encodec"))}
 
 def teacher_folder(
     config: dict, # a run's configuration
@@ -173,7 +176,8 @@ def pretraining(
     codes: Codes | None, # of the arm's teacher
 ) -> tuple[Loader, train.TrainConfig]: # what is read, and how the network is trained
     """A random window of every clip, and what the teacher says about it."""
-    batches = Loader(corpus.store, corpus.ids("train"), config["batch"], config["seed"], crop=new_encoder(config).n_samples, codes=codes, resident="auto")
+    crop = new_encoder(config).n_samples
+    batches = Loader(corpus.store, corpus.ids("train"), config["batch"], config["seed"], crop=crop, codes=codes, resident="auto")
     return batches, train.TrainConfig(
         config["steps"], config["learning_rate"], "adamw", .01, config["warmup"], "linear", config["accumulate"], config["precision"], clip_norm=10.,
         seed=config["seed"], checkpoint_every=max(1, config["steps"] // 10), validate_every=config["validate_every"])
@@ -290,7 +294,7 @@ def usage(
     counted = [(size, *code_use(said[..., book:book + 1], size)) for book, size in enumerate(codes.sizes)]
     return [{"codes": size, "used": float(used), "perplexity": float(perplexity)} for size, used, perplexity in counted]
 
-# %% ../../nbs/papers/5_mert.ipynb #9bda2f16
+# %% ../../nbs/papers/5_mert.ipynb #69db3eca
 Kept = tuple[dict, dict[str, np.ndarray]]
 
 def learn(
@@ -308,7 +312,8 @@ def learn(
     objective.to(devices.accelerator())
     told, arrays = evaluate.as_record(frozen(objective.encoder, config))
     if all(ARMS[config["arm"]]): arrays |= {f"example|{name}": value for name, value in example(objective, batch).items()}
-    return {**told, "validation": result.validation, "guesser": guesser(objective, batch, corpus, codes), "layers": by_layer(objective.encoder, config)}, arrays
+    told |= {"validation": result.validation, "guesser": guesser(objective, batch, corpus, codes)}
+    return {**told, "layers": by_layer(objective.encoder, config)}, arrays
 
 def random(
     config: dict, # a run's configuration
@@ -320,6 +325,7 @@ def random(
     told, arrays = evaluate.as_record(frozen(encoder, config))
     return {**told, "layers": by_layer(encoder, config)}, arrays
 
+# %% ../../nbs/papers/5_mert.ipynb #86bbe4c6
 def answer_alone(
     config: dict, # a run's configuration; its "arm" is "teacher" and a name in `TEACHERS`, or "teacher cqt"
     corpus: scorebox.Corpus, # teachers learned from it
