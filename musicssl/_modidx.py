@@ -1022,6 +1022,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                            'musicssl.experiments.clmr.supervised': ( 'papers/clmr.html#supervised',
                                                                                      'musicssl/experiments/clmr.py'),
                                            'musicssl.experiments.clmr.tag': ('papers/clmr.html#tag', 'musicssl/experiments/clmr.py'),
+                                           'musicssl.experiments.clmr.test_songs': ( 'papers/clmr.html#test_songs',
+                                                                                     'musicssl/experiments/clmr.py'),
                                            'musicssl.experiments.clmr.train_config': ( 'papers/clmr.html#train_config',
                                                                                        'musicssl/experiments/clmr.py'),
                                            'musicssl.experiments.clmr.validation_loss': ( 'papers/clmr.html#validation_loss',

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PAPER', 'SPLITS', 'TRANSFORMS', 'BLOCKS', 'Scores', 'ARMS', 'Recipe', 'new_encoder', 'load_corpus', 'prepare',
-           'new_objective', 'train_config', 'pretraining', 'largest_batch', 'pretrain', 'device', 'embed', 'read_out',
-           'probes', 'look_inside', 'clmr', 'similarity_of_views', 'supervised', 'labelled', 'segment_logits',
-           'validation_loss', 'tag', 'random_encoder', 'mfcc', 'grid', 'describe', 'run']
+           'test_songs', 'new_objective', 'train_config', 'pretraining', 'largest_batch', 'pretrain', 'device', 'embed',
+           'read_out', 'probes', 'look_inside', 'clmr', 'similarity_of_views', 'supervised', 'labelled',
+           'segment_logits', 'validation_loss', 'tag', 'random_encoder', 'mfcc', 'grid', 'describe', 'run']
 
 # %% ../../nbs/papers/1_clmr.ipynb #b7c329df
 from collections.abc import Callable
@@ -74,6 +74,14 @@ def prepare(
 ) -> None:
     """Render what all runs of a profile share."""
     load_corpus(asdict(settings.read(profile, PAPER, Recipe)))
+
+def test_songs(
+    corpus: scorebox.Corpus, # clips
+    count: int, # at most
+) -> np.ndarray: # ids
+    """The first test clips, no two of them of one composition."""
+    clips = corpus.ids("test")
+    return clips[np.sort(np.unique(corpus.group[clips], return_index=True)[1])][:count]
 
 # %% ../../nbs/papers/1_clmr.ipynb #b4ac2cba
 def new_objective(
@@ -173,10 +181,11 @@ def look_inside(
             spoilt = robustness.damaged(corpus, name, level) if level is not None else corpus
             heard = found["test"] if spoilt is corpus else probe.extract(encoder, spoilt, test, device=device())
             arrays[f"{name}|{level}"] = fitted.scores(heard).astype(np.float32)
-    moved = robustness.invariance(encoder, corpus.wave(test[:64]), {name: single_chain(name, *size) for name in TRANSFORMS},
-                             draw_seeds(min(64, len(test)), torch.Generator().manual_seed(seed)), device=device())
+    songs = test_songs(corpus, 64)
+    moved = robustness.invariance(encoder, corpus.wave(songs), {name: single_chain(name, *size) for name in TRANSFORMS},
+                                  draw_seeds(len(songs), torch.Generator().manual_seed(seed)), device=device())
     arrays |= {f"twins|{twins.transform}": np.stack([twins.same, twins.others, twins.nearest]) for twins in moved}
-    windows = corpus.wave(test[:10]).unfold(1, encoder.n_samples, encoder.n_samples // 8)                  # (songs, windows, samples)
+    windows = corpus.wave(songs[:10]).unfold(1, encoder.n_samples, encoder.n_samples // 8) # (songs, windows, samples)
     stories = probe.extract(encoder, lambda rows: windows.flatten(0, 1)[rows], np.arange(windows[..., 0].numel()), sample_rate=corpus.sample_rate, device=device())
     arrays["stories"] = stories.reshape(*windows.shape[:2], dim).astype(np.float16)
     for block in BLOCKS:
@@ -211,7 +220,7 @@ def similarity_of_views(
     songs: int = 12, # how many
 ) -> np.ndarray: # (2 songs, 2 songs) cosines, first views before second ones
     """Cosines between two views of each of a few test songs, in eval mode."""
-    wave, generator = corpus.wave(corpus.ids("test")[:songs]), torch.Generator().manual_seed(seed)
+    wave, generator = corpus.wave(test_songs(corpus, songs)), torch.Generator().manual_seed(seed)
     views = clmr_views(wave, objective.chain, generator)
     training, where = objective.training, next(objective.parameters()).device
     z_i, z_j = (objective.eval().project(view.to(where)) for view in views)
