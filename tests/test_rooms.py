@@ -11,7 +11,7 @@ from imports_of import PACKAGE, all_imports, rooms
 ORDER = ["settings", "files", "checkpoint", "compat", "audio",
          "features.mel", "features.spectral", "features.cqt", "features.rhythm", "features.frames", "features.targets",
          "data.notation", "data.abc", "data.scores", "data.sampler", "data.store", "data.arrange", "data.deal", "data.scorebox",
-         "data.captions", "data.notes", "data.folder", "data.shards", "data.codes", "data.loader",
+         "data.captions", "data.notes", "data.folder", "data.magnatagatune", "data.shards", "data.corpora", "data.codes", "data.loader",
          "augment.base", "augment.linear", "augment.pitch", "augment.distortions", "augment.mixture", "augment.clmr",
          "encoders.base", "encoders.samplecnn", "encoders.handmade", "encoders.transformer", "encoders.frames", "encoders.pase", "encoders.framewise",
          "encoders.musicnn", "encoders.text", "encoders.mert", "objectives.clmr", "objectives.supervised", "objectives.musicoder", "objectives.workers",
