@@ -436,10 +436,28 @@ def test_files_too_short_for_the_encoder_are_listed(cache, music):
     torch.manual_seed(0)
     out = frozen.embed_folder(music, SampleCNN.preset("toy"), bad=.5, progress=False)
     assert out.parent == cache / "features" and frozen.open_features(out).n_windows.tolist() == [2, 17, 5]
-    assert [(row["file"], row["detail"]) for row in rows(out / "left_out.csv")][0] == ("blip.wav", "holds 0.050 s, the encoder needs 0.192 s")
+    assert [(row["file"], row["detail"]) for row in rows(out / "left_out.csv")][0] == ("blip.wav", "holds 0.050 s, a window needs 0.192 s")
     with pytest.raises(ValueError, match="no file below .* is long enough for SampleCNN, which needs 59049 samples"):
         for name in ("long.wav", "one.wav"): (music / name).unlink()
         frozen.embed_folder(music, SampleCNN(width=1 / 8), bad=.5, progress=False)
+
+
+class Wide(Ear):
+    """Was trained on five seconds and hears less than that as well, as MERT does."""
+    sample_rate, n_samples = 8000, 40_000
+
+
+def test_a_shorter_window_than_the_encoder_s_own_is_believed(cache, music, tmp_path, monkeypatch):
+    """Files shorter than the encoder's own window, asked for in shorter ones. The mutation: the own window, whatever was asked."""
+    embed = lambda out, window: frozen.embed_folder(music, Wide(), tmp_path / out, window=window, least=.2, bad=.5, progress=False)
+    heard = frozen.open_features(out := embed("out", 1.))
+    assert [(row["file"], int(row["windows"])) for row in rows(out / "tracks.csv")] == [("long.wav", 3), ("one.wav", 1)]
+    assert {row["file"]: row["detail"] for row in rows(out / "left_out.csv")}["deep/é short.flac"] == "holds 0.500 s, a window needs 1.000 s"
+    assert heard.about["shortest"] == 8000 and frozen._plan(Wide(), SimpleNamespace(sample_rate=8000), 9., None, 1.)["shortest"] == 40_000
+    with pytest.raises(ValueError, match="is long enough for Wide, which needs 40000 samples"): embed("own", None)
+    with pytest.raises(ValueError, match="wanted window > 0"): embed("none", 0.)
+    monkeypatch.setattr(frozen, "_needed", lambda encoder, window: encoder.n_samples)
+    with pytest.raises(ValueError, match="is long enough for Wide, which needs 40000 samples"): embed("mutation", 1.)
 
 
 def test_an_interrupted_folder_goes_on(cache, music, monkeypatch):

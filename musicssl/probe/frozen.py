@@ -156,6 +156,10 @@ def window_spans(
     rest = [(start, left)] if covered < n_samples and left > 0 and (not full or left >= shortest) else []
     return [(k * hop, size) for k in range(full)] + rest
 
+def _needed(encoder: Encoder, window: float | None) -> int: # samples: the encoder's own number, or a shorter window that was asked for
+    own = getattr(encoder, "n_samples", None) or 1
+    return own if window is None else min(own, round(window * encoder.sample_rate))
+
 # %% ../../nbs/83_frozen.ipynb #90857254
 @dataclass
 class Features:
@@ -202,7 +206,7 @@ def _plan(encoder: Encoder, corpus: object, window: float | None, hop: float | N
     if size is None and step: raise ValueError(f"got a hop of {hop} s, wanted a window as well: {type(encoder).__name__} has none of its own")
     data = getattr(getattr(corpus, "__self__", corpus), "fingerprint", None)
     return {"encoder": type(encoder).__name__, "weights": fingerprint(encoder), "data": data, "sample_rate": rate, "window": size, "hop": step,
-            "shortest": max(round(least * rate), own or 1)}
+            "shortest": max(round(least * rate), _needed(encoder, window))}
 
 def _batches(corpus: object, ids: np.ndarray, plan: dict, batch: int, counts: list[int], bar: tqdm) -> Iterator[list[tuple[int, Tensor]]]:
     "(row, wave) of windows that have one length; `counts` grows by each track's windows."
@@ -239,7 +243,7 @@ def read_features(
     ids: Sequence[int], # tracks to read, at least one
     window: float | None = None, # s; None: the encoder's own `n_samples`, else the whole track
     hop: float | None = None, # s from one window's start to the next; None: no overlap
-    least: float = 1., # s, a shorter last window is dropped unless it is the only one; never below the encoder's `n_samples`
+    least: float = 1., # s, a shorter last window is dropped unless it is the only one; never below `n_samples`, or a shorter `window`
     batch: int = 64, # windows per forward pass, at most
     device: str | torch.device = "cpu", # where the forward passes run
     progress: bool = True, # show a bar
@@ -392,9 +396,9 @@ def embed_folder(
     Raises: what `musicssl.data.folder.prepare` and `stored_features` raise; `ValueError` when no file is long enough.
     """
     audio = prepare(folder, sample_rate=encoder.sample_rate, workers=workers, bad=bad, progress=progress)
-    lengths, shortest = audio.store.lengths, getattr(encoder, "n_samples", None) or 1
+    lengths, shortest = audio.store.lengths, _needed(encoder, window)
     seconds, needed = lengths / audio.sample_rate, shortest / audio.sample_rate
-    short = {i: f"holds {seconds[i]:.3f} s, the encoder needs {needed:.3f} s" for i in np.flatnonzero((0 < lengths) & (lengths < shortest))}
+    short = {i: f"holds {seconds[i]:.3f} s, a window needs {needed:.3f} s" for i in np.flatnonzero((0 < lengths) & (lengths < shortest))}
     ids = np.flatnonzero(lengths >= shortest)
     if not len(ids): raise ValueError(f"no file below {folder} is long enough for {type(encoder).__name__}, which needs {shortest} samples")
     sounds = SimpleNamespace(wave=audio.wave, sample_rate=audio.sample_rate, fingerprint=audio.recipe["key"]) # labels do not change what is heard
