@@ -316,6 +316,34 @@ def _with_encoders(given: argparse.Namespace, profile: str) -> int:
     try: return doing[given.command](given)
     except (OSError, RuntimeError) as error: raise ValueError(str(error)) from error # no such file, too many bad ones, no room, a changing encoder
 
+# %% ../nbs/92_reproduce.ipynb #3f9a61c2
+def _runs(given: argparse.Namespace, profile: str, papers: list[str]) -> None:
+    action, wanted = ("train", {"arm": given.arm, "seed": given.seed}) if given.command == "train" else (given.action, {})
+    if action == "script": print(cluster.script(given.paper, profile, given.tasks, given.gpus, given.hours), end="")
+    if action == "submit": _submit(given, profile)
+    if finding := action == "train" and given.find_batch: _find_batch(given.paper, profile, wanted)
+    for paper in papers if action not in ("script", "submit") and not finding else []:
+        if action == "train" or action == "run" and given.one_by_one: cluster.join_grid(paper, profile, **wanted)
+        elif action == "run": fill_grid(paper, profile, given.workers)
+        if devices.launched_as(os.environ).get("RANK", "0") != "0": continue
+        print((cluster.listing if action == "list" else cluster.summary)(paper, profile, **wanted))
+
+def _find_batch(paper: str, profile: str, wanted: dict) -> None:
+    able = [chapter.name for chapter in chapters() if hasattr(cluster.experiment_of(chapter.name), "largest_batch")]
+    if paper not in able: raise ValueError(f"--find-batch has nothing to try for {paper}; it has for {', '.join(able)}")
+    training = [config for config in cluster.grid_of(paper, profile, **wanted) if "steps" in config]
+    if not training:
+        arms = dict.fromkeys(config["arm"] for config in cluster.grid_of(paper, profile) if "steps" in config)
+        raise ValueError(f"--find-batch is for arms that pre-train, of {paper} {', '.join(arms)}; got {wanted['arm']}")
+    most = cluster.experiment_of(paper).largest_batch(training[0])
+    print(f"{paper} at {profile}: a batch may hold {most} clips here, up to 4,096 were tried")
+
+def _submit(given: argparse.Namespace, profile: str) -> None:
+    jobs = cluster.submit(given.paper, profile, given.cluster, given.tasks, given.gpus, given.hours)
+    print(f"{len(jobs)} tasks: {', '.join(job.job_id for job in jobs)}\nlogs: {jobs[0].paths.folder}")
+    if given.cluster == "debug":
+        for job in jobs: job.result()
+
 # %% ../nbs/92_reproduce.ipynb #697b74ca
 def main(
     arguments: list[str] | None = None, # what follows `musicssl` on the command line; None: `sys.argv`
@@ -341,22 +369,3 @@ def main(
         print("musicssl: stopped; the same command goes on from here", file=sys.stderr)
         return 130
     return 0
-
-def _runs(given: argparse.Namespace, profile: str, papers: list[str]) -> None:
-    action, wanted = ("train", {"arm": given.arm, "seed": given.seed}) if given.command == "train" else (given.action, {})
-    if action == "script": print(cluster.script(given.paper, profile, given.tasks, given.gpus, given.hours), end="")
-    if action == "submit": _submit(given, profile)
-    if finding := action == "train" and given.find_batch:
-        config = cluster.grid_of(given.paper, profile, **wanted)[0]
-        print(f"{given.paper} at {profile}: a batch may hold {cluster.experiment_of(given.paper).largest_batch(config)} clips here, up to 4,096 were tried")
-    for paper in papers if action not in ("script", "submit") and not finding else []:
-        if action == "train" or action == "run" and given.one_by_one: cluster.join_grid(paper, profile, **wanted)
-        elif action == "run": fill_grid(paper, profile, given.workers)
-        if devices.launched_as(os.environ).get("RANK", "0") != "0": continue
-        print((cluster.listing if action == "list" else cluster.summary)(paper, profile, **wanted))
-
-def _submit(given: argparse.Namespace, profile: str) -> None:
-    jobs = cluster.submit(given.paper, profile, given.cluster, given.tasks, given.gpus, given.hours)
-    print(f"{len(jobs)} tasks: {', '.join(job.job_id for job in jobs)}\nlogs: {jobs[0].paths.folder}")
-    if given.cluster == "debug":
-        for job in jobs: job.result()

@@ -281,9 +281,23 @@ def test_a_sharded_run_resumes_and_its_checkpoint_loads_on_one_device(tmp_path, 
     assert_close(one_device.state_dict(), whole.state_dict(), rtol=1e-4, atol=1e-5)
 
 
-def test_the_command_says_how_many_clips_fit(monkeypatch, capsys):
+@pytest.mark.parametrize("paper", ["clmr", "musicoder", "multitask", "mulap", "mert"])
+def test_the_command_says_how_many_clips_fit(paper, monkeypatch, capsys):
+    """Updates of the chapter's own network on its own first batch, with room for not quite eight rows."""
     from musicssl import reproduce
-    asked = []
-    monkeypatch.setattr(train, "largest_batch", lambda objective, batches, config, most=4096: asked.append((type(objective).__name__, len(batches(0)))) or 37)
-    assert reproduce.main(["train", "--paper", "clmr", "--profile", "test", "--arm", "clmr", "--find-batch"]) == 0
-    assert "a batch may hold 37 clips here" in capsys.readouterr().out and asked == [("CLMR", 6)]
+    search, step, tried = train.largest_batch, train.update, []
+    def with_little_room(fabric, objective, optimizer, batches, *rest):
+        tried.append(len(batches(0)))
+        if tried[-1] > 7: raise MemoryError
+        return step(fabric, objective, optimizer, batches, *rest)
+    monkeypatch.setattr(train, "update", with_little_room)
+    monkeypatch.setattr(train, "largest_batch", lambda *given: search(*given, most=12))
+    assert reproduce.main(["train", "--paper", paper, "--profile", "test", "--find-batch"]) == 0
+    assert f"{paper} at test: a batch may hold 6 clips here" in capsys.readouterr().out and {6, 8} <= set(tried)
+
+
+@pytest.mark.parametrize("asked, told", [(["--paper", "floors"], "nothing to try for floors; it has for clmr, musicoder, multitask, mulap, mert"),
+                                         (["--paper", "mulap", "--arm", "random"], "arms that pre-train, of mulap true, permuted, apart, words alone, sound alone; got random")])
+def test_the_command_says_where_no_batch_is_looked_for(asked, told, capsys):
+    from musicssl import reproduce
+    assert reproduce.main(["train", *asked, "--profile", "test", "--find-batch"]) == 1 and told in capsys.readouterr().err

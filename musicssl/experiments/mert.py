@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PAPER', 'TEACHERS', 'ARMS', 'ASKED', 'Kept', 'RUNS', 'Recipe', 'load_corpus', 'prepare', 'fit_groups', 'train_codec',
            'teacher_folder', 'open_teacher', 'open_codes', 'new_encoder', 'new_objective', 'codes_for', 'pretraining',
-           'held_out', 'guesser', 'sizes_of', 'frozen', 'by_layer', 'TeacherAlone', 'example', 'usage', 'learn',
-           'random', 'answer_alone', 'grid', 'describe', 'run']
+           'largest_batch', 'held_out', 'guesser', 'sizes_of', 'frozen', 'by_layer', 'TeacherAlone', 'example', 'usage',
+           'learn', 'random', 'answer_alone', 'grid', 'describe', 'run']
 
 # %% ../../nbs/papers/5_mert.ipynb #b7cc3115
 from dataclasses import asdict, dataclass
@@ -181,6 +181,13 @@ def pretraining(
     return batches, train.TrainConfig(
         config["steps"], config["learning_rate"], "adamw", .01, config["warmup"], "linear", config["accumulate"], config["precision"], clip_norm=10.,
         seed=config["seed"], checkpoint_every=max(1, config["steps"] // 10), validate_every=config["validate_every"])
+
+def largest_batch(
+    config: dict, # a run's configuration; its "arm" is one of `ARMS`
+) -> int: # windows
+    """How many windows a batch may hold on this device; the arm's teacher is made first where no run has made it."""
+    codes = codes_for(config, corpus := load_corpus(config))
+    return train.largest_batch(new_objective(config, codes), *pretraining(config, corpus, codes))
 
 def held_out(
     config: dict, # a run's configuration: its "held_out" and "encoder" are read

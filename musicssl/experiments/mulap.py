@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PAPER', 'GAMES', 'ASKED', 'Kept', 'ARMS', 'Recipe', 'load_corpus', 'prepare', 'write_captions', 'permuted',
-           'learn_pieces', 'new_objective', 'new_encoder', 'pretraining', 'held_out', 'judge', 'matching', 'frozen',
-           'look', 'play', 'rival', 'random', 'grid', 'describe', 'run']
+           'learn_pieces', 'new_objective', 'new_encoder', 'pretraining', 'largest_batch', 'held_out', 'judge',
+           'matching', 'frozen', 'look', 'play', 'rival', 'random', 'grid', 'describe', 'run']
 
 # %% ../../nbs/papers/4_mulap.ipynb #519ae174
 from dataclasses import asdict, dataclass
@@ -113,6 +113,7 @@ def new_encoder(
     """An untrained audio network, the one of `new_objective` with the same seed."""
     return new_objective({**config, "arm": "true", "encoder_rate": 1., "bert": ""}, train_wordpiece(["a"], 30)).encoder
 
+# %% ../../nbs/papers/4_mulap.ipynb #8e2d94c6
 def pretraining(
     config: dict, # a run's configuration
     corpus: scorebox.Corpus, # its training clips are heard and read about
@@ -125,6 +126,14 @@ def pretraining(
     return batches, train.TrainConfig(
         config["steps"], config["learning_rate"], "adamw", warmup_steps=config["steps"] // 10, schedule="linear", precision=config["precision"],
         clip_norm=1., seed=config["seed"], checkpoint_every=max(1, config["steps"] // 10), validate_every=config["validate_every"])
+
+def largest_batch(
+    config: dict, # a run's configuration
+) -> int: # clips
+    """How many clips a batch may hold on this device, with their captions."""
+    config, corpus = {**config, "arm": "true"}, load_corpus(config)
+    captions = write_captions(config, corpus)
+    return train.largest_batch(new_objective(config, learn_pieces(config, corpus, captions)), *pretraining(config, corpus, captions))
 
 # %% ../../nbs/papers/4_mulap.ipynb #d33016d2
 def held_out(
