@@ -51,7 +51,7 @@ def _world() -> int:
 def provenance() -> Iterator[dict]: # filled in when the block ends
     "The circumstances of a block of work: when, how long, where, with what."
     started, clock, about = datetime.datetime.now(datetime.timezone.utc), time.perf_counter(), {}
-    if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
+    meter.forget_peak()
     sha, dirty = commit()
     yield about
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__, "musicssl": musicssl.__version__}

@@ -7,7 +7,9 @@ import time
 import traceback
 import types
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -207,10 +209,22 @@ def test_a_step_in_numbers(monkeypatch, clock):
 def test_what_is_unknown_is_none_and_not_measured(monkeypatch):
     monkeypatch.setattr(meter, "matrix_limit", None)
     monkeypatch.setitem(sys.modules, "resource", None) # as on Windows
+    monkeypatch.setattr(meter, "STATUS", Path("/there/is/none"))
     steps = Meter("cpu")
     steps.start()
     row = steps.stop(8)
     assert row["matrix_share"] is None and row["peak_memory_mb"] is None and row["seconds"] >= 0
+
+
+@pytest.mark.skipif(not meter.STATUS.exists(), reason="only Linux lets a process begin its count anew")
+def test_a_run_is_not_charged_for_the_one_before():
+    """Runs follow each other in one process; without `forget_peak` the second has at least the peak of the first."""
+    large = np.ones(32 * 2**20) # 256 MB
+    with_it = peak_memory("cpu")
+    del large
+    assert peak_memory("cpu") > with_it - 5 # the count alone does not go down
+    meter.forget_peak()
+    assert peak_memory("cpu") < with_it - 200
 
 
 def test_peak_memory_on_a_gpu_is_what_tensors_took(monkeypatch):
