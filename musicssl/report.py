@@ -258,6 +258,15 @@ def save_table(
     return stem.with_name(f"{stem.name}.png")
 
 # %% ../nbs/90_report.ipynb #43ac6d9d
+def _pin_legends(fig: Figure) -> None:
+    """Saving tightly moves the picture's edges; legends that stand at an edge would go with it, onto the footer."""
+    places = [legend.get_window_extent().transformed(fig.transFigure.inverted()) for legend in fig.legends]
+    if places: fig.set_layout_engine("none") # everything stays where the layout has put it
+    for legend, place in zip(fig.legends, places):
+        legend.borderaxespad = 0
+        legend.set_loc("lower left")
+        legend.set_bbox_to_anchor((place.x0, place.y0), fig.transFigure)
+
 def save_figure(
     fig: Figure, # what was drawn
     stem: str | Path, # e.g. figures/laptop/clmr_figure5: paper, underscore, item; no ending
@@ -270,6 +279,7 @@ def save_figure(
 ) -> Path: # the picture
     """Save a figure as PNG with the CSV behind it and a JSON of its words, each atomically."""
     fig.draw_without_rendering() # only now does the layout know where things stand
+    _pin_legends(fig)
     stem, box = Path(stem), fig.get_tightbbox()
     note = "\n".join(textwrap.wrap(footer, int(box.width * 18.5)))
     with files.atomic(stem.with_name(f"{stem.name}.csv")) as unfinished:

@@ -174,3 +174,14 @@ def test_a_failing_save_leaves_the_old_file(tmp_path):
         report.save_figure(Broken(), tmp_path / "laptop" / "clmr_figure1", pd.DataFrame({"x": [1]}), "", "")
     assert (tmp_path / "laptop" / "clmr_figure1.png").read_bytes() == before
     assert not [p for p in (tmp_path / "laptop").rglob("*") if p.name.startswith(".tmp")]
+
+
+def test_a_legend_at_the_edge_stays_clear_of_the_footer(tmp_path):
+    """Tight saving moves the edges; without pinning, the legend lands on the footer's two lines."""
+    fig, ax = plt.subplots(figsize=(6, 3), layout="constrained")
+    ax.plot([1, 2], label="x")
+    fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", facecolor="magenta", framealpha=1., frameon=True)
+    picture = plt.imread(report.save_figure(fig, tmp_path / "clmr_figure1", pd.DataFrame({"x": [1]}), "", "foot " * 60))
+    magenta = (np.abs(picture[..., :3] - [1, 0, 1]) < .02).all(-1).any(1)
+    assert magenta.any() and np.flatnonzero(magenta).max() < len(picture) - .3 * fig.dpi * picture.shape[1] / (6 * fig.dpi)
+    plt.close(fig)
