@@ -33,10 +33,12 @@ from .zoo import describe
 # %% ../nbs/75_train.ipynb #1c3764ec
 @dataclass(frozen=True)
 class EarlyStop:
-    "End when a validation metric has not improved for `patience` validations; the best weights are restored."
+    "End when a validation metric has not improved for `patience` validations; the best weights are restored. On the way, the rate may drop."
     metric: str # a key of what `validate` returns
     patience: int = 10 # validations
     mode: str = "min" # or "max"
+    plateau: int = 0 # so many validations in a row may be no better until the learning rate drops; 0: it never does
+    factor: float = .1 # what the rate is multiplied by then
 
     def best(self,
         validation: list[dict], # rows with "step" and the metric, oldest first
@@ -46,6 +48,17 @@ class EarlyStop:
         ranked = sorted((sign * row[self.metric], place) for place, row in enumerate(validation) if not math.isnan(row[self.metric]))
         if not ranked: return None, len(validation)
         return validation[ranked[0][1]]["step"], len(validation) - 1 - ranked[0][1]
+
+    def rate(self,
+        validation: list[dict], # as for `best`
+    ) -> float: # at most 1
+        "What the learning rate is multiplied by now. Source: PyTorch's `ReduceLROnPlateau` with its defaults; better means by a ten-thousandth."
+        sign, least, waited, rate = -1 if self.mode == "max" else 1, math.inf, 0, 1.
+        for value in (sign * row[self.metric] for row in validation if self.plateau):
+            if value < least - 1e-4 * abs(least) or math.isinf(least) and value < least: least, waited = value, 0
+            else: waited += 1
+            if waited > self.plateau: waited, rate = 0, rate * self.factor
+        return rate
 
 @dataclass
 class Result:
@@ -118,6 +131,10 @@ class _Run:
     def best(self) -> tuple[int | None, int]:
         return self.stop.best(self.validations) if self.stop else (None, -1)
 
+    def config_now(self) -> TrainConfig: # with the rate of this step
+        if not (self.stop and self.stop.plateau): return self.config
+        return dataclasses.replace(self.config, lr=self.config.lr * self.stop.rate(self.validations))
+
     def ended(self, step: int) -> bool:
         return step >= self.config.steps or self.stop is not None and self.best()[1] >= self.stop.patience
 
@@ -153,7 +170,7 @@ def _asked_to_end(run: _Run, came: list[int]) -> bool:
 
 # %% ../nbs/75_train.ipynb #d03ff771
 def _step(run: _Run, step: int) -> dict:
-    config, highest = run.config, max((row["loss"] for row in run.history[:10] if math.isfinite(row["loss"])), default=0.)
+    config, highest = run.config_now(), max((row["loss"] for row in run.history[:10] if math.isfinite(row["loss"])), default=0.)
     try: return update(run.fabric, run.model, run.optimizer, run.batches, config, step, config.explode * highest if highest > 0 else math.inf)
     except Diverged as error:
         devices.on_rank_zero(run.fabric, lambda: files.write_json(run.folder / "diverged.json", error.details))

@@ -101,6 +101,32 @@ def test_early_stopping_survives_a_pause(tmp_path):
     assert [path.name for path in checkpoints(folder)] == ["step-00000008", "step-00000014"] and finished.resumed == 14
 
 
+@pytest.mark.parametrize("mode", ["min", "max"])
+def test_a_plateau_is_what_pytorch_calls_one(mode):
+    """Against `ReduceLROnPlateau`; counting from `patience` instead of one more, or without its threshold, differs within these walks."""
+    draw = np.random.default_rng(0)
+    for _ in range(30):
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.)
+        theirs, rows = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, mode, factor=.2, patience=2, eps=0), []
+        for value in 1 + np.abs((draw.normal(size=40) * draw.choice([1e-5, .1, 1])).cumsum()):
+            theirs.step(value)
+            rows.append({"loss": value})
+            assert train.EarlyStop("loss", 99, mode, plateau=2, factor=.2).rate(rows) == pytest.approx(optimizer.param_groups[0]["lr"])
+
+
+def test_the_rate_drops_on_plateaus_and_survives_a_pause(tmp_path):
+    values = iter([3., 2, 2, 2, 1, 1, 1, 1, 1, 1, 1])
+    def look(objective): return {"loss": next(values)}
+    config, stop = replace(QUICK, steps=10, validate_every=1), train.EarlyStop("loss", 9, plateau=1, factor=.5)
+    straight, result = fit(tmp_path / "straight", config=config, validate=look, stop=stop)
+    assert [row["lr"] for row in result.history] == [1e-2] * 3 + [5e-3] * 3 + [2.5e-3] * 2 + [1.25e-3] * 2
+    values = iter([3., 2, 2, 2, 1, 1, 1, 1, 1, 1, 1])
+    fit(tmp_path / "paused", config=config, validate=look, stop=stop, until=7)
+    paused, again = fit(tmp_path / "paused", Toy(seed=3), config, validate=look, stop=stop)
+    assert [row["lr"] for row in again.history] == [row["lr"] for row in result.history] and again.resumed == 7
+    assert_close(paused.state_dict(), straight.state_dict(), rtol=0, atol=0)
+
+
 def test_reduced_precision_keeps_weights_and_loss_in_full(tmp_path):
     inside = []
     class Spy(Toy):
