@@ -6,7 +6,7 @@ import pytest
 import soundfile
 import torch
 
-from musicssl import files, settings
+from musicssl import audio, files, settings
 from musicssl.data import magnatagatune as mtat
 from musicssl.data.corpora import open_folder, whole_clip
 from musicssl.data.folder import BadTable
@@ -100,6 +100,13 @@ def test_all_clips_come_in_one_length(corpus):
     wave = corpus.wave(corpus.ids("test"))
     assert wave.shape == (12, 24_000) and whole_clip(corpus) == 24_000
     assert torch.equal(corpus.wave([1], 100, 50)[0], corpus.wave([1])[0, 100:150])
+
+
+def test_sound_is_what_is_in_the_file(corpus, sets):
+    """Mono, and neither made louder nor centred: the mean of CLMR's normalisation is none."""
+    clip = int(corpus.ids("valid")[0])
+    there = audio.read(sets[0] / "magnatagatune" / corpus.clip_id[clip], 8000)[:24_000]
+    assert torch.allclose(corpus.wave([clip])[0], there, atol=1e-4) and .3 < float(there.abs().max()) < .9
 
 
 @pytest.mark.parametrize("spoil, error, message", [

@@ -21,7 +21,7 @@ from ..data.corpora import open_corpus, open_folder, whole_clip
 from ..data.folder import AudioFolder
 from ..data.loader import Loader
 from ..encoders.samplecnn import SampleCNN
-from .clmr import SPLITS, TRANSFORMS, embed, not_scorebox
+from .clmr import LATER, SPLITS, TRANSFORMS, embed, own_settings
 from ..objectives.clmr import CLMR
 
 # %% ../../nbs/papers/1b_clmr_choices.ipynb #f61b8719
@@ -65,7 +65,7 @@ def collections(
     config: dict, # a run's configuration, or a recipe: its "corpus" is read
 ) -> tuple[str, ...]: # names in `COLLECTIONS`
     """The parts of the corpus that count as music of another kind; only ScoreBox has any."""
-    return tuple(COLLECTIONS) if config.get("corpus", "ScoreBox") == "ScoreBox" else ()
+    return tuple(COLLECTIONS) if (LATER | config)["corpus"] == "ScoreBox" else ()
 
 def games(
     recipe: dict, # as `Recipe` has it
@@ -102,8 +102,8 @@ def base_of(
     recipe: dict, # as `Recipe` has it
 ) -> dict: # the settings of a run
     """What an arm departs from."""
-    own, pairs = {name: recipe[name] for name in ("clips", "seconds", "width", "steps", "precision")}, recipe["batches"][1]
-    return {**own, **not_scorebox(recipe), "pairs": pairs, **optimiser(pairs, recipe["learning_rate"]), "looks": [recipe["steps"]], "rate": recipe["rates"][0],
+    own, pairs = own_settings(recipe, ("clips", "seconds", "width", "steps", "precision", "corpus")), recipe["batches"][1]
+    return {**own, "pairs": pairs, **optimiser(pairs, recipe["learning_rate"]), "looks": [recipe["steps"]], "rate": recipe["rates"][0],
             "temperature": recipe["temperatures"][-1], "chain": "clmr_paper", "p": 1., "item": "clip", "collection": "", "published": ""}
 
 def grid(
@@ -126,7 +126,7 @@ def load_corpus(
     config: dict, # a run's configuration: its "clips", "seconds", "rate" and "corpus" are read
 ) -> scorebox.Corpus: # at the encoder's sample rate
     """The corpus a run trains and is tested on, rendered or decoded if the cache lacks it."""
-    return open_corpus(config.get("corpus", "ScoreBox"), config["clips"], config["seconds"], SampleCNN.preset(config["rate"]).sample_rate)
+    return open_corpus((LATER | config)["corpus"], config["clips"], config["seconds"], SampleCNN.preset(config["rate"]).sample_rate)
 
 def prepare(
     profile: str, # a profile of `settings.ini`
@@ -187,7 +187,7 @@ def read_out(
     config: dict, # a run's configuration
 ) -> dict[str, np.ndarray]: # test scores (n, C) by what was asked; for the base, "segments" (n, S, C) logits
     """Linear read-outs with all labels."""
-    found, scores = embed(encoder, corpus), {}
+    found, scores = embed(encoder, corpus, config), {}
     def fit(x: np.ndarray, rows: dict) -> probe.Probe:
         tags = {split: corpus.tags[corpus.ids(split)][rows[split]] for split in SPLITS}
         return probe.fit_probe(x, tags["train"], (found["valid"][rows["valid"]], tags["valid"]), seed=config["seed"])
