@@ -18,13 +18,15 @@ READY   := $(VENV)/.musicssl-installed
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 13) else "musicssl needs Python 3.10 to 3.13, got %d.%d: make PYTHON=python3.11 ..." % v)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true # pip uses one core for it; templates that are not Python yet do not matter
 	touch $@
 
 reproduce: $(READY)
 	$(BIN)/musicssl reproduce --profile $(PROFILE) $(if $(FRESH),--fresh)
 
 test: check
+	$(BIN)/python -m compileall -q musicssl # once, rather than in every process where PYTHONDONTWRITEBYTECODE is set
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --max-worker-restart 0
 
 check: $(READY)

@@ -51,6 +51,9 @@ def as_pair(tmp_path_factory):
 
 @pytest.hookimpl(tryfirst=True) # xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items):
-    """`pytest -n 2 --dist loadgroup`: a file stays together, for its tests share what they prepared; every notebook stands alone."""
+    """`pytest -n 2 --dist loadgroup`: a file stays together, for its tests share what they prepared; every notebook stands alone, and so do the
+    figures of every chapter, whose further parts show the same runs. Groups of few tests begin last, so no worker is left with a long one."""
     for item in items:
-        if item.path.name != "test_notebooks.py": item.add_marker(pytest.mark.xdist_group(item.path.name))
+        group = item.path.name
+        if item.originalname == "test_chapter_makes_its_figures": group = f"chapter {item.callspec.params['chapter'].name.split('_')[0]}"
+        if group != "test_notebooks.py": item.add_marker(pytest.mark.xdist_group(group))

@@ -56,8 +56,8 @@ CHUNK = 16 # clips
 RATES = {8_000: 22_050, 16_000: 22_050, 22_050: None, 24_000: None} # Hz: derived from, or rendered
 OPTIONS = {"tempo": "type", "newtimbre": False, "only": None} # what a recipe means when it is silent about them
 
-@lru_cache(maxsize=2)
-def _table(cache: Path) -> ScoreTable: return load_table(cache)
+@lru_cache(maxsize=4) # to make sure of it takes a quarter of a second: once in a process will do
+def _table(cache: Path, progress: bool = True) -> ScoreTable: return load_table(cache, progress=progress)
 
 @lru_cache(maxsize=2)
 def _sampler(sample_rate: int) -> Sampler: return Sampler(sample_rate=sample_rate)
@@ -207,7 +207,7 @@ def render(
 ) -> None:
     """Arrange and play all clips of a recipe; what an interrupted run left is kept."""
     from musicssl.data.store import StoreWriter
-    names, seconds, rate = clip_names(load_table(cache, progress=progress), recipe), recipe["seconds"], recipe["sample_rate"]
+    names, seconds, rate = clip_names(_table(cache, progress), recipe), recipe["seconds"], recipe["sample_rate"]
     clips = len(names)
     chunks = [names[start:start + CHUNK] for start in range(0, clips, CHUNK)]
     writer = StoreWriter(folder, clips, round(seconds * rate), rate, chunk=CHUNK)
@@ -248,7 +248,7 @@ def load(
     recipe = {"version": VERSION, "clips": int(clips), "seconds": float(seconds), "sample_rate": int(sample_rate), "seed": int(seed)}
     options = {"tempo": tempo, "newtimbre": bool(newtimbre), "only": only}
     recipe |= {name: value for name, value in options.items() if value != OPTIONS[name]}
-    scores = load_table(cache, progress=progress).facts["source"]
+    scores = _table(cache, progress).facts["source"]
     folder = cache / "scorebox" / files.fingerprint(recipe | {"scores": scores, "soundfont": SOUNDFONT_SHA256})
     how = dict(cache=cache, workers=workers, progress=progress)
     def build() -> None:
