@@ -362,7 +362,7 @@ def main(
         extra, what = ("submitit", "it") if error.name == "submitit" else ("nb", "what the notebooks need")
         print(f"musicssl: {error}; `pip install 'musicssl[{extra}]'` brings {what}", file=sys.stderr)
         return 1
-    except (ValueError, ImportError, files.Locked, records.RunsFailed) as error:
+    except (ValueError, ImportError, FileNotFoundError, files.Locked, records.RunsFailed) as error:
         print(f"musicssl: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -153,6 +153,15 @@ def test_the_chapter_runs_on_it(corpus, sets, tmp_path, monkeypatch, paper, arms
         assert np.array_equal(arrays["labels"], corpus.tags[corpus.ids("test")])
 
 
+def test_the_command_line_says_in_a_line_what_to_get(tmp_path, monkeypatch, capsys):
+    from musicssl.reproduce import main
+    for name in ("MUSICSSL_DATASETS", "MUSICSSL_FIGURES"): monkeypatch.setenv(name, str(tmp_path))
+    monkeypatch.delenv("MUSICSSL_PROFILE")
+    assert main(["train", "--paper", "clmr", "--profile", "paper", "--arm", "clmr", "--seed", "0"]) == 1
+    said = capsys.readouterr().err
+    assert "annotations_final.csv; nbs/34_magnatagatune.ipynb says how to get MagnaTagATune" in said and "Traceback" not in said
+
+
 def test_records_of_scorebox_keep_their_names():
     """Naming the corpus in every configuration would orphan all records made before there was a choice."""
     for paper in (clmr, choices):
