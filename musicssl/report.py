@@ -325,12 +325,13 @@ def save_claims(
     owner: str = "", # the notebook that makes it
     about: dict | None = None, # see `provenance`
     scale: float = 100., # of the differences; 100 gives points
+    title: str = "Claims and verdicts", # another one for the second table of a chapter
 ) -> Path: # the picture
     """Save claims and verdicts as a table; the page puts them first."""
     frame = pd.DataFrame([{"id": c.id, "claim": c.sentence, "scale": c.profile, "this run · difference (points)": cell(c.difference, scale, 1),
                            "this run · verdict": c.verdict, "paper · reported": c.paper or "–"} for c in claims])
     caption = "A claim is supported when the whole paired interval of the difference lies above zero, contradicted when it lies below."
-    return save_table(frame, stem, caption, footer, "Claims and verdicts", owner, about, "claims")
+    return save_table(frame, stem, caption, footer, title, owner, about, "claims")
 
 # %% ../nbs/90_report.ipynb #27652e23
 PAPERS = {"scorebox": "The corpus", "clmr": "CLMR", "musicoder": "MusiCoder", "mulap": "MuLaP", "multitask": "Multi-task pre-training",
@@ -385,7 +386,8 @@ def _entries(folder: Path) -> list[dict]:
     rank, order = {"claims": 0, "table": 1, "figure": 2}, list(PAPERS)
     number = lambda text: [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", text)]
     place = lambda paper: order.index(paper) if paper in order else len(order)
-    return sorted(found, key=lambda e: (place(e["paper"]), e["paper"], rank.get(e["kind"], 3), number(e["item"])))
+    short = lambda item: number(item.rpartition("_")[2]) # T2 follows T1 in whichever part of a chapter it stands
+    return sorted(found, key=lambda e: (place(e["paper"]), e["paper"], rank.get(e["kind"], 3), short(e["item"]), e["item"]))
 
 def _entry_html(entry: dict, folder: Path) -> str:
     made, esc = entry["files"], html.escape
