@@ -41,5 +41,7 @@ def open_folder(
 ) -> AudioFolder: # decoded at the first call, opened at later ones
     """Recordings to pre-train on. Raises: `FileNotFoundError` saying where they should be, and what `prepare` raises."""
     folder = datasets_dir() / name
-    if not folder.is_dir(): raise FileNotFoundError(f"there is no {folder}: put the recordings of {name} there, or set `datasets` in settings.ini or MUSICSSL_DATASETS")
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no {folder}: put the recordings of {name} there, "
+                                "or set `datasets` in settings.ini or MUSICSSL_DATASETS")
     return prepare(folder, sample_rate=sample_rate, min_seconds=seconds)

@@ -16,9 +16,12 @@ from .folder import AudioFolder, BadTable, Labels, prepare_files
 from ..settings import datasets_dir
 
 # %% ../../nbs/34_magnatagatune.ipynb #156e3699
-TAGS = ("guitar", "classical", "slow", "techno", "strings", "drums", "electronic", "rock", "fast", "piano", "ambient", "beat", "violin", "vocal", "synth", "female", "indian",
-        "opera", "male", "singing", "vocals", "no vocals", "harpsichord", "loud", "quiet", "flute", "woman", "male vocal", "no vocal", "pop", "soft", "sitar", "solo", "man",
-        "classic", "choir", "voice", "new age", "dance", "male voice", "female vocal", "beats", "harp", "cello", "no voice", "weird", "country", "metal", "female voice", "choral")
+TAGS = (
+    "guitar", "classical", "slow", "techno", "strings", "drums", "electronic", "rock", "fast", "piano",
+    "ambient", "beat", "violin", "vocal", "synth", "female", "indian", "opera", "male", "singing",
+    "vocals", "no vocals", "harpsichord", "loud", "quiet", "flute", "woman", "male vocal", "no vocal", "pop",
+    "soft", "sitar", "solo", "man", "classic", "choir", "voice", "new age", "dance", "male voice",
+    "female vocal", "beats", "harp", "cello", "no voice", "weird", "country", "metal", "female voice", "choral")
 
 # %% ../../nbs/34_magnatagatune.ipynb #902dcac9
 SIZES = {"train": 18_709, "valid": 1_825, "test": 5_329} # clips of the whole set
@@ -26,7 +29,10 @@ SIZES = {"train": 18_709, "valid": 1_825, "test": 5_329} # clips of the whole se
 def split_of_clip(
     clip: str, # name, as the table's column mp3_path has it
 ) -> str: # train, valid or test
-    """Where a clip belongs. Source: the split of Pons et al., CLMR's default. Raises: `BadTable` for a name outside of the sixteen folders."""
+    """Where a clip belongs. Source: the split of Pons et al., CLMR's default.
+
+    Raises: `BadTable` for a name outside of the sixteen folders.
+    """
     folder = clip.partition("/")[0]
     if not re.fullmatch("[0-9a-f]", folder): raise BadTable(f"got clip {clip!r}, wanted one in a folder 0 to 9 or a to f")
     return "valid" if folder == "c" else "test" if folder in "def" else "train"
@@ -36,7 +42,8 @@ def song_of(
 ) -> str: # without folder, seconds and ending
     """The recording a clip was cut from. Raises: `BadTable` for a name that does not end in its seconds."""
     name = PurePosixPath(clip).stem
-    if not (song := re.fullmatch(r"(.+)-\d+-\d+", name)): raise BadTable(f"got clip {clip!r}, wanted a name that ends in its seconds, like -30-59.mp3")
+    if not (song := re.fullmatch(r"(.+)-\d+-\d+", name)):
+        raise BadTable(f"got clip {clip!r}, wanted a name that ends in its seconds, like -30-59.mp3")
     return song[1]
 
 # %% ../../nbs/34_magnatagatune.ipynb #d38095a1
@@ -51,9 +58,10 @@ def read_annotations(
             raise BadTable(f"{path}, line 1: no column {missing[0]!r}; wanted clip_id, mp3_path and the fifty tags, separated by tabs")
         rows = {}
         for row in reader:
-            clip = row["mp3_path"]
-            if odd := [tag for tag in TAGS if row[tag] not in ("0", "1")]: raise BadTable(f"{path}, line {reader.line_num}: {odd[0]} is {row[odd[0]]!r}, wanted 0 or 1")
-            if clip in rows: raise BadTable(f"{path}, line {reader.line_num}: {clip} stands there twice")
+            clip, line = row["mp3_path"], f"{path}, line {reader.line_num}"
+            if odd := [tag for tag in TAGS if row[tag] not in ("0", "1")]:
+                raise BadTable(f"{line}: {odd[0]} is {row[odd[0]]!r}, wanted 0 or 1")
+            if clip in rows: raise BadTable(f"{line}: {clip} stands there twice")
             rows[clip] = {"tags": [tag for tag in TAGS if row[tag] == "1"], "split": split_of_clip(clip), "group": song_of(clip)}
     return Labels(rows, list(TAGS), path.name)
 
@@ -82,7 +90,8 @@ def load(
     Raises: `FileNotFoundError` when the set or part of it is not there, `BadTable` for another table, and what `prepare_files` raises.
     """
     folder = Path(folder).expanduser() if folder else datasets_dir() / "magnatagatune"
-    if not (table := folder / "annotations_final.csv").is_file(): raise FileNotFoundError(f"there is no {table}; nbs/34_magnatagatune.ipynb says how to get MagnaTagATune")
+    if not (table := folder / "annotations_final.csv").is_file():
+        raise FileNotFoundError(f"there is no {table}; nbs/34_magnatagatune.ipynb says how to get MagnaTagATune")
     labels = read_annotations(table)
     _check_complete(folder, table, labels, clips)
     found = {clip: folder / clip for clip in sorted(labels.rows)}
@@ -90,8 +99,10 @@ def load(
     return MagnaTagATune(made.folder)
 
 def _check_complete(folder: Path, table: Path, labels: Labels, clips: int | None) -> None:
-    if clips is not None and len(labels.rows) != clips: raise BadTable(f"{table} names {len(labels.rows):,} clips, wanted {clips:,}")
+    named = len(labels.rows)
+    if clips is not None and named != clips: raise BadTable(f"{table} names {named:,} clips, wanted {clips:,}")
     if lost := [clip for clip in labels.rows if not (folder / clip).is_file()]:
-        raise FileNotFoundError(f"{len(lost):,} of {len(labels.rows):,} clips are not in {folder}, {lost[0]} for one; unpack all three parts of mp3.zip there")
+        raise FileNotFoundError(f"{len(lost):,} of {named:,} clips are not in {folder}, {lost[0]} for one; "
+                                "unpack all three parts of mp3.zip there")
     sizes = Counter(row["split"] for row in labels.rows.values())
-    if len(labels.rows) == sum(SIZES.values()) and sizes != SIZES: raise BadTable(f"{table} splits into {dict(sizes)}, wanted {SIZES}")
+    if named == sum(SIZES.values()) and sizes != SIZES: raise BadTable(f"{table} splits into {dict(sizes)}, wanted {SIZES}")

@@ -65,7 +65,8 @@ class Recipe:
     supervised_factor: float = .1 # what the rate is multiplied by then
 
 # %% ../../nbs/papers/1_clmr.ipynb #508031b8
-LATER = {field.name: field.default for field in fields(Recipe) if field.default is not MISSING and field.name != "precision"}
+LATER = {field.name: field.default for field in fields(Recipe)
+         if field.default is not MISSING and field.name != "precision"}
 
 def own_settings(
     recipe: dict, # a profile's settings
@@ -86,7 +87,8 @@ def load_corpus(
     config: dict, # a run's configuration: its "clips", "seconds", "encoder" and "corpus" are read
 ) -> scorebox.Corpus: # at the encoder's sample rate
     """The corpus a run trains and is tested on, rendered or decoded if the cache lacks it."""
-    return open_corpus((LATER | config)["corpus"], config["clips"], config["seconds"], SampleCNN.preset(config["encoder"]).sample_rate)
+    rate = SampleCNN.preset(config["encoder"]).sample_rate
+    return open_corpus((LATER | config)["corpus"], config["clips"], config["seconds"], rate)
 
 def prepare(
     profile: str, # a profile of `settings.ini`
@@ -108,7 +110,8 @@ def new_objective(
 ) -> CLMR: # encoder, projection head and chain, untrained
     """CLMR as the configuration says."""
     encoder = new_encoder(config)
-    return CLMR(encoder, clmr_chain(config["chain"], encoder.n_samples, encoder.sample_rate), config["projection_dim"], config["temperature"])
+    chain = clmr_chain(config["chain"], encoder.n_samples, encoder.sample_rate)
+    return CLMR(encoder, chain, config["projection_dim"], config["temperature"])
 
 # %% ../../nbs/papers/1_clmr.ipynb #10fa5b01
 def train_config(
@@ -125,7 +128,8 @@ def pretraining(
 ) -> tuple[Loader, train.TrainConfig]: # what is read, and how the network is trained
     """`steps` batches of `pairs` items. Source: CLMR §4."""
     songs = corpus.group if (LATER | config)["item"] == "song" else None
-    batches = Loader(corpus.store, corpus.ids("train"), config["pairs"], config["seed"], crop=whole_clip(corpus), groups=songs)
+    batches = Loader(corpus.store, corpus.ids("train"), config["pairs"], config["seed"],
+                     crop=whole_clip(corpus), groups=songs)
     return batches, train_config(config, steps=config["steps"], lr=config["learning_rate"])
 
 def largest_batch(
@@ -145,7 +149,8 @@ def pretrain(
 
 # %% ../../nbs/papers/1_clmr.ipynb #bf12d0c4
 SPLITS = "train", "valid", "test"
-READ_OUTS = {"ours": {}, "clmr_code_v2": {"batch": 48, "standardise": False, "start": "default"}} # how `fit_probe` departs from its own settings
+READ_OUTS = { # how `fit_probe` departs from its own settings
+    "ours": {}, "clmr_code_v2": {"batch": 48, "standardise": False, "start": "default"}}
 
 def device() -> torch.device: # where features are computed
     """The GPU, where there is one."""
@@ -157,8 +162,9 @@ def embed(
     config: dict, # a run's configuration: its "seed" and "read_out" are read
 ) -> dict[str, np.ndarray]: # (n, S, D) by split
     """Features of every segment of every clip; version 2 of the code learns from one crop of each, drawn once."""
-    learnt = {"segments": "one", "seed": config["seed"]} if (LATER | config)["read_out"] == "clmr_code_v2" else {}
-    return {split: probe.extract(encoder, corpus, corpus.ids(split), device=device(), **(learnt if split == "train" else {})) for split in SPLITS}
+    how = dict.fromkeys(SPLITS, {})
+    if (LATER | config)["read_out"] == "clmr_code_v2": how["train"] = {"segments": "one", "seed": config["seed"]}
+    return {split: probe.extract(encoder, corpus, corpus.ids(split), device=device(), **how[split]) for split in SPLITS}
 
 def read_out(
     found: dict[str, np.ndarray], # features by split
@@ -167,7 +173,8 @@ def read_out(
     kinds: dict[str, Callable], # how to fit a read-out, by name: features, labels and the validation pair in
 ) -> dict[str, np.ndarray]: # test scores (n, C) by "kind@fraction"
     """Read-outs on every share of the labels. Source: CLMR §4.3 and its official code, version 2."""
-    tags, valid, scores = corpus.tags[corpus.ids("train")], (found["valid"], corpus.tags[corpus.ids("valid")]), {}
+    tags, scores = corpus.tags[corpus.ids("train")], {}
+    valid = found["valid"], corpus.tags[corpus.ids("valid")]
     for fraction in config["fractions"]:
         kept = probe.label_subset(tags, fraction, config["seed"])
         for kind, fit in kinds.items():
@@ -178,7 +185,8 @@ def probes(
     config: dict, # a run's configuration; its "seed" and "read_out" are read
 ) -> dict[str, Callable]: # for `read_out`
     """The two read-outs of an encoder."""
-    return {kind: partial(probe.fit_probe, kind=kind, seed=config["seed"], **READ_OUTS[(LATER | config)["read_out"]]) for kind in ("linear", "mlp")}
+    how = READ_OUTS[(LATER | config)["read_out"]]
+    return {kind: partial(probe.fit_probe, kind=kind, seed=config["seed"], **how) for kind in ("linear", "mlp")}
 
 # %% ../../nbs/papers/1_clmr.ipynb #40b10de7
 TRANSFORMS, BLOCKS = ("polarity", "noise", "gain", "filter", "delay", "pitch", "reverb"), (1, 4, 6)
@@ -191,31 +199,48 @@ def look_inside(
     folder: Path, # gets the tagger
 ) -> dict[str, np.ndarray]: # for the third part of the chapter, and scores from the labels of segments
     """Measure an encoder with a linear read-out of all labels."""
-    train, test, seed = corpus.ids("train"), corpus.ids("test"), config["seed"]
-    tags, valid, (_, segments, dim) = corpus.tags[train], (found["valid"], corpus.tags[corpus.ids("valid")]), found["train"].shape
-    fit, size = probes(config)["linear"], (encoder.n_samples, encoder.sample_rate)
+    fit, few, seed = probes(config)["linear"], min(config["fractions"]), config["seed"]
+    tags, (_, segments, dim) = corpus.tags[corpus.ids("train")], found["train"].shape
+    valid = found["valid"], corpus.tags[corpus.ids("valid")]
     fitted = fit(found["train"], tags, valid)
     save_tagger(folder / "tagger.safetensors", Tagger(encoder, fitted, corpus.tag_names, {"config": config}))
-    few = min(config["fractions"])
     drawn = probe.segment_subset(tags, segments, few, seed)
     by_segments = fit(found["train"].reshape(-1, 1, dim)[drawn], tags[drawn // segments], valid)
-    arrays = {f"segments@{few:g}": by_segments.scores(found["test"]), "drawn": drawn}
-    for name in config["damages"]:
+    return {f"segments@{few:g}": by_segments.scores(found["test"]), "drawn": drawn,
+            **_under_damage(encoder, fitted, found["test"], corpus, config["damages"]),
+            **_twins(encoder, corpus, seed),
+            "stories": _stories(encoder, corpus),
+            **_spectra(encoder, seed)}
+
+# %% ../../nbs/papers/1_clmr.ipynb #d6720cb5
+def _under_damage(encoder, fitted, clean: np.ndarray, corpus, damages: tuple[str, ...]) -> dict[str, np.ndarray]:
+    scores = {}
+    for name in damages:
         for level in robustness.levels_at(name, corpus.sample_rate):
-            spoilt = robustness.damaged(corpus, name, level) if level is not None else corpus
-            heard = found["test"] if spoilt is corpus else probe.extract(encoder, spoilt, test, device=device())
-            arrays[f"{name}|{level}"] = fitted.scores(heard).astype(np.float32)
+            heard = clean
+            if level is not None:
+                spoilt = robustness.damaged(corpus, name, level)
+                heard = probe.extract(encoder, spoilt, corpus.ids("test"), device=device())
+            scores[f"{name}|{level}"] = fitted.scores(heard).astype(np.float32)
+    return scores
+
+def _twins(encoder, corpus, seed: int) -> dict[str, np.ndarray]: # (3, songs): same, others, nearest
     songs = test_songs(corpus, 64)
-    moved = robustness.invariance(encoder, corpus.wave(songs), {name: single_chain(name, *size) for name in TRANSFORMS},
-                                  draw_seeds(len(songs), torch.Generator().manual_seed(seed)), device=device())
-    arrays |= {f"twins|{twins.transform}": np.stack([twins.same, twins.others, twins.nearest]) for twins in moved}
-    windows = corpus.wave(songs[:10]).unfold(1, encoder.n_samples, encoder.n_samples // 8) # (songs, windows, samples)
-    stories = probe.extract(encoder, lambda rows: windows.flatten(0, 1)[rows], np.arange(windows[..., 0].numel()), sample_rate=corpus.sample_rate, device=device())
-    arrays["stories"] = stories.reshape(*windows.shape[:2], dim).astype(np.float16)
-    for block in BLOCKS:
-        waves = filters.best_waveforms(encoder.to(device()), block, seed=seed, device=device())
-        arrays[f"filters|{block}"] = filters.spectra(waves, encoder.sample_rate).db.astype(np.float16)
-    return arrays
+    chains = {name: single_chain(name, encoder.n_samples, encoder.sample_rate) for name in TRANSFORMS}
+    seeds = draw_seeds(len(songs), torch.Generator().manual_seed(seed))
+    moved = robustness.invariance(encoder, corpus.wave(songs), chains, seeds, device=device())
+    return {f"twins|{twins.transform}": np.stack([twins.same, twins.others, twins.nearest]) for twins in moved}
+
+def _stories(encoder, corpus) -> np.ndarray: # (songs, windows, D)
+    windows = corpus.wave(test_songs(corpus, 10)).unfold(1, encoder.n_samples, encoder.n_samples // 8)
+    flat = windows.flatten(0, 1)
+    found = probe.extract(encoder, lambda rows: flat[rows], np.arange(len(flat)), sample_rate=corpus.sample_rate, device=device())
+    return found.reshape(*windows.shape[:2], -1).astype(np.float16)
+
+def _spectra(encoder, seed: int) -> dict[str, np.ndarray]: # (filters, frequencies) in dB by block
+    encoder = encoder.to(device())
+    waves = {block: filters.best_waveforms(encoder, block, seed=seed, device=device()) for block in BLOCKS}
+    return {f"filters|{block}": filters.spectra(wave, encoder.sample_rate).db.astype(np.float16) for block, wave in waves.items()}
 
 # %% ../../nbs/papers/1_clmr.ipynb #242cf757
 Scores = dict[str, np.ndarray]
@@ -233,8 +258,9 @@ def clmr(
     about = {"config": config, "sample_rate": corpus.sample_rate}
     train.save_weights(folder / "encoder.safetensors", objective.encoder, about)
     found = embed(objective.encoder, corpus, config)
-    scores = read_out(found, corpus, config, probes(config)) | look_inside(objective.encoder, found, corpus, config, folder)
-    return {"history": result.history}, {**scores, "before": before, "after": after}
+    scores = read_out(found, corpus, config, probes(config))
+    measured = look_inside(objective.encoder, found, corpus, config, folder)
+    return {"history": result.history}, {**scores, **measured, "before": before, "after": after}
 
 @torch.no_grad()
 def similarity_of_views(
@@ -260,11 +286,13 @@ def supervised(
     """Train encoder and tagger end to end on a share of the labels. Source: CLMR's official code, supervised mode."""
     objective = Supervised(new_encoder(config), len(corpus.tag_names))
     batches = labelled(config, corpus, objective.encoder.n_samples)
-    how = {name.removeprefix("supervised_"): value for name, value in (LATER | config).items() if name.startswith("supervised_")}
+    own = {name: value for name, value in (LATER | config).items() if name.startswith("supervised_")}
+    how = {name.removeprefix("supervised_"): value for name, value in own.items()}
     engine = train_config(config, steps=how["steps"], lr=how["learning_rate"], validate_every=config["validate_every"],
                           optimizer=how["optimizer"], weight_decay=how["weight_decay"])
     stop = train.EarlyStop("valid_loss", config["patience"], plateau=how["plateau"], factor=how["factor"])
-    result = train.fit(objective, batches, engine, folder, about={"corpus": corpus.fingerprint}, stop=stop, validate=lambda objective: {"valid_loss": validation_loss(objective, corpus)})
+    validate = lambda objective: {"valid_loss": validation_loss(objective, corpus)}
+    result = train.fit(objective, batches, engine, folder, about={"corpus": corpus.fingerprint}, stop=stop, validate=validate)
     history = sorted([*result.history, *result.validation], key=lambda row: row["step"])
     scores = {f"{config['arm']}@{config['fraction']:g}": tag(objective, corpus, "test")}
     return {"history": history, "best_step": result.best_step}, scores
@@ -275,14 +303,15 @@ def labelled(
     size: int, # samples of a segment
 ) -> Loader: # of clips with their labels, or of segments
     """The share of the training set whose labels may be used."""
-    clips, how = corpus.ids("train"), (config["fraction"], config["seed"])
+    clips, batch, fraction, seed = corpus.ids("train"), config["supervised_batch"], config["fraction"], config["seed"]
+    tags = corpus.tags[clips]
     if config["arm"] == "supervised":
-        kept = clips[probe.label_subset(corpus.tags[clips], *how)]
-        return Loader(corpus.store, kept, config["supervised_batch"], config["seed"], corpus.tags, smaller_ok=True, crop=whole_clip(corpus))
+        kept = clips[probe.label_subset(tags, fraction, seed)]
+        return Loader(corpus.store, kept, batch, seed, corpus.tags, smaller_ok=True, crop=whole_clip(corpus))
     segments = probe.n_segments(corpus.wave(clips[:1]).shape[1], size)
-    clip, place = np.divmod(probe.segment_subset(corpus.tags[clips], segments, *how), segments)
+    clip, place = np.divmod(probe.segment_subset(tags, segments, fraction, seed), segments)
     pieces = [corpus.wave([clips[i]], at * size, size)[0].numpy() for i, at in zip(clip.tolist(), place.tolist())]
-    return Loader(pieces, None, config["supervised_batch"], config["seed"], corpus.tags[clips][clip], smaller_ok=True)
+    return Loader(pieces, None, batch, seed, tags[clip], smaller_ok=True)
 
 # %% ../../nbs/papers/1_clmr.ipynb #7faf45d5
 def segment_logits(
@@ -321,7 +350,8 @@ def random_encoder(
     """Read out an encoder nobody trained."""
     encoder = new_encoder(config)
     found = embed(encoder, corpus, config)
-    return {}, read_out(found, corpus, config, probes(config)) | look_inside(encoder, found, corpus, config, folder)
+    scores = read_out(found, corpus, config, probes(config))
+    return {}, {**scores, **look_inside(encoder, found, corpus, config, folder)}
 
 def mfcc(
     config: dict, # a run's configuration
@@ -339,8 +369,10 @@ def mfcc(
 _corpus = "clips", "seconds", "encoder", "corpus"
 _labelled = *_corpus, "precision", "validate_every", "patience", *(f"supervised_{name}" for name in (
     "batch", "steps", "learning_rate", "optimizer", "weight_decay", "plateau", "factor"))
+_contrastive = (*_corpus, "precision", "chain", "projection_dim", "temperature", "pairs", "item", "steps", "learning_rate",
+                "read_out", "fractions", "damages")
 ARMS = {
-    "clmr": (clmr, (*_corpus, "precision", "chain", "projection_dim", "temperature", "pairs", "item", "steps", "learning_rate", "read_out", "fractions", "damages")),
+    "clmr": (clmr, _contrastive),
     "supervised": (supervised, _labelled),
     "supervised_segments": (supervised, _labelled),
     "random": (random_encoder, (*_corpus, "read_out", "fractions", "damages")),

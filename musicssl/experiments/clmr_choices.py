@@ -73,12 +73,16 @@ def games(
     """The arms of T2, T3, T5 and T6, and of the defects of the code."""
     *colder, _ = recipe["temperatures"]
     smaller, middle, larger = recipe["batches"]
+    def of_batch(size: int) -> dict:
+        steps = recipe["steps"] * middle // size
+        return {"pairs": size, "steps": steps, "looks": [steps], **optimiser(size, recipe["learning_rate"])}
+
     return {
-        **{f"batch {size}": {"pairs": size, "steps": (steps := recipe["steps"] * middle // size), "looks": [steps], **optimiser(size, recipe["learning_rate"])}
-           for size in (smaller, larger)},
+        **{f"batch {size}": of_batch(size) for size in (smaller, larger)},
         **{f"temperature {tau:g}": {**CROP, "temperature": tau} for tau in colder},
         **{f"rate {rate}": {**CROP, "rate": rate} for rate in recipe["rates"][1:]},
-        **{f"on {name}": {"collection": name} for name in collections(recipe)}, **{f"on {name}": {"folder": name} for name in recipe["transfer"]},
+        **{f"on {name}": {"collection": name} for name in collections(recipe)},
+        **{f"on {name}": {"folder": name} for name in recipe["transfer"]},
         "an item is a song": {"item": "song"},
         "two devices, mispaired": {"published": "v1"}, "two devices, not gathered": {"published": "v2"},
         "LARS": lars(middle), "LARS as published": {**lars(middle), "optimizer": "lars_published"},
@@ -95,16 +99,19 @@ def optimiser(
     learning_rate: float, # of Adam
 ) -> dict: # settings of a run
     """Adam at a constant rate below 96 songs, else LARS. Source: the thesis."""
-    return lars(pairs) if pairs >= 96 else {"optimizer": "adam", "schedule": "constant", "learning_rate": learning_rate, "weight_decay": 0.}
+    if pairs >= 96: return lars(pairs)
+    return {"optimizer": "adam", "schedule": "constant", "learning_rate": learning_rate, "weight_decay": 0.}
 
 # %% ../../nbs/papers/1b_clmr_choices.ipynb #96c25f82
 def base_of(
     recipe: dict, # as `Recipe` has it
 ) -> dict: # the settings of a run
     """What an arm departs from."""
-    own, pairs = own_settings(recipe, ("clips", "seconds", "width", "steps", "precision", "corpus")), recipe["batches"][1]
-    return {**own, "pairs": pairs, **optimiser(pairs, recipe["learning_rate"]), "looks": [recipe["steps"]], "rate": recipe["rates"][0],
-            "temperature": recipe["temperatures"][-1], "chain": "clmr_paper", "p": 1., "item": "clip", "collection": "", "published": ""}
+    pairs = recipe["batches"][1]
+    return {**own_settings(recipe, ("clips", "seconds", "width", "steps", "precision", "corpus")),
+            "pairs": pairs, **optimiser(pairs, recipe["learning_rate"]), "looks": [recipe["steps"]],
+            "rate": recipe["rates"][0], "temperature": recipe["temperatures"][-1], "chain": "clmr_paper", "p": 1.,
+            "item": "clip", "collection": "", "published": ""}
 
 def grid(
     profile: str, # a profile of `settings.ini`
@@ -113,7 +120,8 @@ def grid(
     recipe = asdict(settings.read(profile, PAPER, Recipe))
     longest = {"steps": max(recipe["looks"]), "looks": list(recipe["looks"])}
     arms = {"base": longest, **games(recipe), **augmentations(recipe), "random": {"steps": 0, "looks": [0]}}
-    return [{"paper": PAPER, "arm": arm, "seed": seed, **base_of(recipe), **changes} for arm, changes in arms.items() for seed in recipe["seeds"]]
+    return [{"paper": PAPER, "arm": arm, "seed": seed, **base_of(recipe), **changes}
+            for arm, changes in arms.items() for seed in recipe["seeds"]]
 
 def describe(
     config: dict, # a run's configuration
@@ -126,7 +134,8 @@ def load_corpus(
     config: dict, # a run's configuration: its "clips", "seconds", "rate" and "corpus" are read
 ) -> scorebox.Corpus: # at the encoder's sample rate
     """The corpus a run trains and is tested on, rendered or decoded if the cache lacks it."""
-    return open_corpus((LATER | config)["corpus"], config["clips"], config["seconds"], SampleCNN.preset(config["rate"]).sample_rate)
+    rate = SampleCNN.preset(config["rate"]).sample_rate
+    return open_corpus((LATER | config)["corpus"], config["clips"], config["seconds"], rate)
 
 def prepare(
     profile: str, # a profile of `settings.ini`
@@ -150,8 +159,9 @@ def new_objective(
     encoder = SampleCNN.preset(config["rate"], width=config["width"])
     size, kind = (encoder.n_samples, encoder.sample_rate), config["chain"]
     crop = single_chain(None, *size)
-    if not kind.startswith("crop"): chain, other = clmr_chain(kind, *size), None
-    else: chain, other = single_chain(kind[5:], *size, p=config["p"]) if kind != "crop" else crop, crop
+    if kind == "crop": chain, other = crop, crop
+    elif kind.startswith("crop+"): chain, other = single_chain(kind.removeprefix("crop+"), *size, p=config["p"]), crop
+    else: chain, other = clmr_chain(kind, *size), None # the same in both views
     published = {"published": config["published"], "ranks": 2} if config["published"] else {}
     return CLMR(encoder, chain, temperature=config["temperature"], chain_j=other, **published)
 
@@ -170,15 +180,18 @@ def pretraining(
     corpus: scorebox.Corpus, # its training clips are heard, its labels are not
 ) -> tuple[Loader, train.TrainConfig]: # what is read, and how the network is trained
     """`steps` batches of `pairs` items."""
-    how = config["pairs"], config["seed"]
-    if "folder" in config: batches = Loader((heard := recordings(config)).store, heard.ids(), *how, crop=round(config["seconds"] * heard.sample_rate))
+    pairs, seed, steps = config["pairs"], config["seed"], config["steps"]
+    if "folder" in config:
+        heard = recordings(config)
+        batches = Loader(heard.store, heard.ids(), pairs, seed, crop=round(config["seconds"] * heard.sample_rate))
     else:
+        clips = clips_of(corpus, "train", config["collection"])
         groups = corpus.group if config["item"] == "song" else None
-        batches = Loader(corpus.store, clips_of(corpus, "train", config["collection"]), *how, groups=groups, crop=whole_clip(corpus))
+        batches = Loader(corpus.store, clips, pairs, seed, groups=groups, crop=whole_clip(corpus))
     return batches, train.TrainConfig(
-        config["steps"], config["learning_rate"], config["optimizer"], weight_decay=config["weight_decay"], schedule=config["schedule"],
-        warmup_steps=config["steps"] // 10 if config["schedule"] == "cosine" else 0, precision=config["precision"], seed=config["seed"],
-        checkpoint_every=max(1, config["steps"] // 3))
+        steps, config["learning_rate"], config["optimizer"], weight_decay=config["weight_decay"],
+        schedule=config["schedule"], warmup_steps=steps // 10 if config["schedule"] == "cosine" else 0,
+        precision=config["precision"], seed=seed, checkpoint_every=max(1, steps // 3))
 
 # %% ../../nbs/papers/1b_clmr_choices.ipynb #baf776f8
 def read_out(
@@ -206,12 +219,14 @@ def read_out(
 def run(
     config: dict, # one of `grid`
     folder: Path, # log and checkpoints; an interrupted run goes on from there
-) -> tuple[dict, dict[str, np.ndarray]]: # the losses; test scores by "what@step", labels and composition of every test clip, and for ScoreBox whether it is a tune
+) -> tuple[dict, dict[str, np.ndarray]]: # the losses; test scores by "what@step", labels, composition and, for ScoreBox, whether a tune
     """Do one run. What `records.run` calls."""
     corpus, objective, history, arrays = load_corpus(config), new_objective(config), [], {}
+    about = {"corpus": corpus.fingerprint}
     for step in config["looks"]:
-        if step: history = train.fit(objective, *pretraining(config, corpus), folder, until=step, about={"corpus": corpus.fingerprint}).history
-        arrays |= {f"{name}@{step}": value.astype(np.float32) for name, value in read_out(objective.encoder, corpus, config).items()}
+        if step: history = train.fit(objective, *pretraining(config, corpus), folder, until=step, about=about).history
+        scores = read_out(objective.encoder, corpus, config)
+        arrays |= {f"{name}@{step}": value.astype(np.float32) for name, value in scores.items()}
     test = corpus.ids("test")
     where = {"tunes": np.isin(test, clips_of(corpus, "test", "tunes"))} if collections(config) else {}
     return {"history": history}, {**arrays, "labels": corpus.tags[test], "group": corpus.group[test], **where}
