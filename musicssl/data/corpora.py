@@ -6,8 +6,6 @@
 __all__ = ['CORPORA', 'open_corpus', 'whole_clip', 'open_folder']
 
 # %% ../../nbs/35_corpora.ipynb #0e32dba0
-from pathlib import Path
-
 from . import magnatagatune, scorebox
 from .folder import AudioFolder, prepare
 from .scorebox import Sounds
