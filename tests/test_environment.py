@@ -21,7 +21,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf8"))["p
 ENVIRONMENT = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf8"))
 CONSTRAINTS = [line for line in (ROOT / "constraints.txt").read_text(encoding="utf8").splitlines() if line.strip() and not line.startswith("#")]
 
-DISTRIBUTION = {"sklearn": "scikit-learn", "IPython": "ipykernel", "yaml": "pyyaml"}
+DISTRIBUTION = {"sklearn": "scikit-learn", "xdist": "pytest-xdist", "IPython": "ipykernel", "yaml": "pyyaml"}
 BESIDES = {"fastcore", "execnb", "nbclient", "nbformat", "threadpoolctl"} # brought by nbdev, papermill and scikit-learn, and pinned too
 LATE = {"torchaudio": "compat", "tokenizers": "encoders.text"}   # dependencies that `import musicssl` should not wait for
 READING_ROOMS = {"report", "reproduce"}                      # need the extra `nb`
