@@ -27,7 +27,7 @@ reproduce: $(READY)
 
 test: check
 	$(BIN)/python -m compileall -q musicssl # once, rather than in every process where PYTHONDONTWRITEBYTECODE is set
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --max-worker-restart 0
+	$(BIN)/python -m pytest -n $(JOBS) --max-worker-restart 0
 
 check: $(READY)
 	$(BIN)/python tests/check_sources.py
