@@ -56,8 +56,11 @@ CHUNK = 16 # clips
 RATES = {8_000: 22_050, 16_000: 22_050, 22_050: None, 24_000: None} # Hz: derived from, or rendered
 OPTIONS = {"tempo": "type", "newtimbre": False, "only": None} # what a recipe means when it is silent about them
 
-@lru_cache(maxsize=4) # to make sure of it takes a quarter of a second: once in a process will do
-def _table(cache: Path, progress: bool = True) -> ScoreTable: return load_table(cache, progress=progress)
+_tables: dict[Path, ScoreTable] = {}
+
+def _table(cache: Path, progress: bool = True) -> ScoreTable: # to make sure of it takes a quarter of a second: once in a process will do
+    if cache not in _tables: _tables[cache] = load_table(cache, progress=progress)
+    return _tables[cache]
 
 @lru_cache(maxsize=2)
 def _sampler(sample_rate: int) -> Sampler: return Sampler(sample_rate=sample_rate)
