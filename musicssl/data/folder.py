@@ -331,6 +331,7 @@ def prepare_files(
     bad: float = .01, # share of broken files that is tolerated, 0 to 1
     min_seconds: float = 0., # s, shorter tracks are left out
     progress: bool = True, # show bars
+    kind: type[AudioFolder] = AudioFolder, # what opens the result
 ) -> AudioFolder: # complete on the disk
     """Make, continue or open the prepared form of some files.
 
@@ -345,7 +346,7 @@ def prepare_files(
         build(folder, list(found.values()), recipe, bad, workers, progress)
     files.build_once(folder, decode_all)
     _write_labels(folder, found, labels)
-    return AudioFolder(folder)
+    return kind(folder)
 
 def _recipe(name: str, found: Mapping[str, Path], sample_rate: int, min_seconds: float) -> dict[str, Any]:
     listed = [[clip, (stat := path.stat()).st_size, stat.st_mtime_ns] for clip, path in found.items()]

@@ -95,8 +95,7 @@ def load(
     labels = read_annotations(table)
     _check_complete(folder, table, labels, clips)
     found = {clip: folder / clip for clip in sorted(labels.rows)}
-    made = prepare_files("magnatagatune", found, labels, sample_rate=sample_rate, min_seconds=seconds, **how)
-    return MagnaTagATune(made.folder)
+    return prepare_files("magnatagatune", found, labels, sample_rate=sample_rate, min_seconds=seconds, kind=MagnaTagATune, **how)
 
 def _check_complete(folder: Path, table: Path, labels: Labels, clips: int | None) -> None:
     named = len(labels.rows)
