@@ -53,8 +53,9 @@ class EarlyStop:
         validation: list[dict], # as for `best`
     ) -> float: # at most 1
         "What the learning rate is multiplied by now. Source: PyTorch's `ReduceLROnPlateau` with its defaults; better means by a ten-thousandth."
+        if not self.plateau: return 1.
         sign, least, waited, rate = -1 if self.mode == "max" else 1, math.inf, 0, 1.
-        for value in (sign * row[self.metric] for row in validation if self.plateau):
+        for value in (sign * row[self.metric] for row in validation):
             if value < least - 1e-4 * abs(least) or math.isinf(least) and value < least: least, waited = value, 0
             else: waited += 1
             if waited > self.plateau: waited, rate = 0, rate * self.factor
@@ -132,8 +133,8 @@ class _Run:
         return self.stop.best(self.validations) if self.stop else (None, -1)
 
     def config_now(self) -> TrainConfig: # with the rate of this step
-        if not (self.stop and self.stop.plateau): return self.config
-        return dataclasses.replace(self.config, lr=self.config.lr * self.stop.rate(self.validations))
+        rate = self.stop.rate(self.validations) if self.stop else 1.
+        return self.config if rate == 1 else dataclasses.replace(self.config, lr=self.config.lr * rate)
 
     def ended(self, step: int) -> bool:
         return step >= self.config.steps or self.stop is not None and self.best()[1] >= self.stop.patience
