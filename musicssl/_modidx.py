@@ -2366,6 +2366,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'musicssl.settings.Presets._build': ('settings.html#presets._build', 'musicssl/settings.py'),
                                    'musicssl.settings.Presets.preset': ('settings.html#presets.preset', 'musicssl/settings.py'),
                                    'musicssl.settings.Presets.presets': ('settings.html#presets.presets', 'musicssl/settings.py'),
+                                   'musicssl.settings._below_root': ('settings.html#_below_root', 'musicssl/settings.py'),
                                    'musicssl.settings._check_order': ('settings.html#_check_order', 'musicssl/settings.py'),
                                    'musicssl.settings._fits': ('settings.html#_fits', 'musicssl/settings.py'),
                                    'musicssl.settings._injected': ('settings.html#_injected', 'musicssl/settings.py'),

@@ -130,17 +130,20 @@ def figures_dir(
     profile: str, # a profile's name
 ) -> Path: # an existing folder
     """Where the figures, tables and records of a profile live: below `MUSICSSL_FIGURES`, else below what `[project]` says."""
-    folder = root() / Path(os.environ.get("MUSICSSL_FIGURES") or _project("figures", "figures")).expanduser() / profile
+    folder = _below_root("MUSICSSL_FIGURES", "figures", "figures") / profile
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 def datasets_dir() -> Path: # a folder, which need not exist
     """Where real data sets lie, each in a folder of its own: `MUSICSSL_DATASETS`, else what `[project]` says."""
-    return root() / Path(os.environ.get("MUSICSSL_DATASETS") or _project("datasets", "data/sets")).expanduser()
+    return _below_root("MUSICSSL_DATASETS", "datasets", "data/sets")
 
 def cores() -> int: # at least 1
     """Processor cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+def _below_root(variable: str, name: str, fallback: str) -> Path:
+    return root() / Path(os.environ.get(variable) or _project(name, fallback)).expanduser()
 
 def _project(name: str, fallback: str) -> str:
     try: return _parser()["project"].get(name) or fallback
