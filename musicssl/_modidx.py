@@ -81,6 +81,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'musicssl.augment.base.Transform.transform': ( 'transforms.html#transform.transform',
                                                                                       'musicssl/augment/base.py'),
                                        'musicssl.augment.base._hash': ('transforms.html#_hash', 'musicssl/augment/base.py'),
+                                       'musicssl.augment.base._one_thread': ('transforms.html#_one_thread', 'musicssl/augment/base.py'),
                                        'musicssl.augment.base._shift': ('transforms.html#_shift', 'musicssl/augment/base.py'),
                                        'musicssl.augment.base.draw_seeds': ('transforms.html#draw_seeds', 'musicssl/augment/base.py'),
                                        'musicssl.augment.base.fold_in': ('transforms.html#fold_in', 'musicssl/augment/base.py'),

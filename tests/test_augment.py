@@ -73,6 +73,20 @@ def test_another_process_draws_the_same():
     assert digest(1, 1) == digest(2, 2) == here
 
 
+@pytest.mark.parametrize("preset", CLMR_CHAINS)
+def test_no_bit_depends_on_the_number_of_threads(preset):
+    """R23: with any number of threads, and in any split of the batch, every row of the views is the same; and the number is left as it was."""
+    wave, seeds, chain, before = waves(60_000, 8), SEEDS[:8], clmr_chain(preset), torch.get_num_threads()
+    views = clmr_views(wave, chain, seeds=seeds)
+    try:
+        for threads, split in ((1, (3, 5)), (2, (4, 4)), (3, (2, 6)), (8, (1, 7))):
+            torch.set_num_threads(threads)
+            parts = zip(*(clmr_views(some, chain, seeds=own) for some, own in zip(wave.split(split), seeds.split(split))))
+            for view, part in zip(views, parts): torch.testing.assert_close(torch.cat(part), view, rtol=0, atol=0)
+            assert torch.get_num_threads() == threads
+    finally: torch.set_num_threads(before)
+
+
 def test_random_streams_are_pinned():
     """A change of the mapping would change every experiment: it must be a decision, not an accident."""
     assert fold_in(torch.tensor([0, 1]), "gain").tolist() == [6924202782909236670, 3449002613042226131]

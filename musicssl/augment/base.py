@@ -8,7 +8,8 @@ __all__ = ['draw_seeds', 'fold_in', 'uniform', 'integers', 'normal', 'ordered', 
 
 # %% ../../nbs/41_transforms.ipynb #eec4834e
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from hashlib import blake2b
 from typing import ClassVar
 
@@ -105,6 +106,15 @@ def row_seeds(
     return seeds
 
 # %% ../../nbs/41_transforms.ipynb #8aa29b61
+@contextmanager
+def _one_thread(device: torch.device) -> Iterator[None]:
+    """On a CPU, let one thread work, so that the last bit of a row depends neither on its neighbours nor on the number of threads."""
+    before = torch.get_num_threads()
+    if device.type == "cpu": torch.set_num_threads(1)
+    try: yield
+    finally: torch.set_num_threads(before)
+
+
 class Transform(nn.Module):
     """A random change of a batch of waves; a subclass gives its `name`, `draw` and `transform`."""
     name: ClassVar[str] = "identity"
@@ -135,13 +145,14 @@ class Transform(nn.Module):
         rows = params["applied"].nonzero()[:, 0]
         if 0 == len(rows) < len(wave): return wave, params, own
         taking_part = {key: value[rows].to(wave.device, non_blocking=True) for key, value in params.items()}
-        if len(rows) == len(wave): return self.transform(wave, taking_part), params, False
-        out = wave if own and not wave.requires_grad else wave.clone()
-        few = 4 if wave.device.type == "cpu" and not wave.requires_grad else len(rows)
-        for first in range(0, len(rows), few):
-            some = rows[first:first + few].to(wave.device, non_blocking=True)
-            out.index_copy_(0, some, self.transform(wave[some], {key: value[first:first + few] for key, value in taking_part.items()}))
-        return out, params, True
+        with _one_thread(wave.device):
+            if len(rows) == len(wave): return self.transform(wave, taking_part), params, False
+            out = wave if own and not wave.requires_grad else wave.clone()
+            few = 4 if wave.device.type == "cpu" and not wave.requires_grad else len(rows)
+            for first in range(0, len(rows), few):
+                some = rows[first:first + few].to(wave.device, non_blocking=True)
+                out.index_copy_(0, some, self.transform(wave[some], {key: value[first:first + few] for key, value in taking_part.items()}))
+            return out, params, True
 
     def forward(self,
         wave: Tensor, # (B, T) float, in [-1, 1] by convention
