@@ -87,9 +87,12 @@ def join_grid(
     Raises: `records.RunsFailed` when runs failed; the others are finished first and kept.
     """
     experiment, grid = experiment_of(paper), grid_of(paper, profile, **wanted)
+    before = torch.get_num_threads()
     torch.set_num_threads(int(settings.load(profile)["threads"]))
-    experiment.prepare(profile)
-    return records.join_in(grid, experiment.run, record_folder(paper, profile), scratch_folder(paper, profile))
+    try:
+        experiment.prepare(profile)
+        return records.join_in(grid, experiment.run, record_folder(paper, profile), scratch_folder(paper, profile))
+    finally: torch.set_num_threads(before)
 
 # %% ../nbs/77_cluster.ipynb #bf3f48bd
 def listing(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import torch
 
 from musicssl import cluster, experiments, files, records, reproduce, settings
 
@@ -64,6 +65,12 @@ def stand_ins(folder, srun):
         (folder / name).write_text(f"#!/bin/bash\n{text}\n")
         (folder / name).chmod(0o755)
     return {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "SLURM_JOB_ID": "17"}
+
+
+def test_the_callers_number_of_threads_comes_back(book):
+    (book / "settings.ini").write_text("[project]\nprofile = test\n[test]\nworkers = 1\nthreads = 3\n[test.toy]\n")
+    assert {record.provenance["threads"] for record in cluster.join_grid("toy", "test")} == {3}
+    assert torch.get_num_threads() == 1
 
 
 def test_two_array_tasks_fill_a_grid_together(book, monkeypatch):
