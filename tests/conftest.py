@@ -18,14 +18,10 @@ os.environ.update({
 })
 
 
-@pytest.fixture(scope="module")
-def one_thread():
-    """Torch on one thread: rounding depends on their number, and threads that share a core with other tests wait for each other."""
-    import torch
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+@pytest.hookimpl(tryfirst=True) # before any fixture
+def pytest_runtest_setup():
+    """One thread, whatever a notebook before has set: rounding may depend on their number, and threads that share a core wait for each other."""
+    if torch := sys.modules.get("torch"): torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ from musicssl.data.loader import Loader
 from musicssl.experiments import clmr
 from musicssl.update import read_batch
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 LENGTH = 59_049
 DEVICES = [torch.device("cpu"), pytest.param("cuda", marks=pytest.mark.gpu)]
 SEEDS = draw_seeds(3, torch.Generator().manual_seed(0))

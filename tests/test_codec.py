@@ -17,8 +17,6 @@ from musicssl.features.mel import mel_bank
 from musicssl.teachers.codec import RVQVAE, CodecTeacher, SpectralLoss, rate_table
 from musicssl.train import TrainConfig, fit
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def generator(seed=0): return torch.Generator().manual_seed(seed)
 def noise(*shape, seed=0): return .1 * torch.randn(*shape, generator=generator(seed))

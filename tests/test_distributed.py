@@ -19,9 +19,6 @@ def ranks(as_pair): return as_pair(two_ranks.run)
 def found(ranks): return ranks[0]
 
 
-pytestmark = pytest.mark.usefixtures("one_thread") # as the two have: augmentations calculate in float32, whose rounding depends on it
-
-
 @functools.cache
 def alone(encoder, batches=1):
     fabric = Fabric(accelerator="cpu", devices=1)

@@ -204,7 +204,7 @@ def test_a_scale_that_is_forgotten_is_noticed(tmp_path, monkeypatch):
 def test_compiled_is_the_same_and_leaves_no_trace(tmp_path):
     class Named(Toy):
         def __init__(self): super().__init__(dropout=0.); self.encoder = self.layers
-    plain, (compiled, result) = fit(tmp_path / "plain", Named())[0], fit(tmp_path / "compiled", Named(), replace(QUICK, compile=True))
+    plain, (compiled, _) = fit(tmp_path / "plain", Named())[0], fit(tmp_path / "compiled", Named(), replace(QUICK, compile=True))
     assert_close(dict(compiled.named_parameters()), dict(plain.named_parameters()), rtol=1e-4, atol=1e-5)
     assert compiled.encoder._compiled_call_impl is None and set(compiled.state_dict()) == set(plain.state_dict())
 

@@ -9,8 +9,6 @@ from musicssl.encoders.samplecnn import SampleCNN
 from musicssl.probe import filters
 from musicssl.probe.filters import activations, best_waveforms, spectra
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 class Known(nn.Module):
     """Filters that stand alone."""

@@ -41,9 +41,6 @@ class Ear(nn.Module):
         return Embedding(torch.stack(layers, 1).transpose(2, 3), x.mean(2))
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 def corpus_of(waves):
     store = Arrays(waves, sample_rate=1000)
     return SimpleNamespace(store=store, sample_rate=1000, fingerprint=store.fingerprint, wave=lambda ids: torch.stack([waves[int(i)] for i in ids]))

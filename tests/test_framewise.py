@@ -16,7 +16,6 @@ KINDS = [SampleCNNFrames, LogMelCNN, LogMelTransformer]
 COUNTS = {(SampleCNNFrames, "full"): (512, 2_368_512), (SampleCNNFrames, "small"): (128, 149_760),
           (LogMelCNN, "full"): (256, 765_312), (LogMelCNN, "small"): (128, 192_192),
           (LogMelTransformer, "full"): (256, 3_176_192), (LogMelTransformer, "small"): (128, 273_536)}
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:

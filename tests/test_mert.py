@@ -24,8 +24,6 @@ from musicssl.update import read_batch
 
 import mert_ranks as ranks
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def generator(seed=0): return torch.Generator().manual_seed(seed)
 def seeds(n, seed=0): return draw_seeds(n, generator(seed))

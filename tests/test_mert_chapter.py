@@ -6,11 +6,9 @@ import pytest
 import torch
 
 from musicssl import report, settings, zoo
-from musicssl.augment import draw_seeds
 from musicssl.encoders.base import count_parameters
 from musicssl.experiments import mert as chapter
 from musicssl.objectives.mert import MERTPretext, span_mask
-from musicssl.teachers.kmeans import load_teacher
 
 RECIPE = settings.read("paper", chapter.PAPER, chapter.Recipe)
 TEST = {**asdict(settings.read("test", chapter.PAPER, chapter.Recipe)), "seed": 0, "arm": "rvq+cqt"}

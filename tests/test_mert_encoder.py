@@ -27,7 +27,6 @@ with pytest.MonkeyPatch.context() as patch:
     if "torchvision" not in sys.modules: patch.setitem(sys.modules, "torchvision", None) # one made for another torch would stop it
     transformers = pytest.importorskip("transformers")
     transformers.HubertModel, transformers.Wav2Vec2FeatureExtractor
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 SMALL = dict(n_layers=3, dim=48, heads=3, ffn=80, channels=24, pos_kernel=16, pos_groups=4)
 NETS = {"95M": {}, "post": SMALL, "pre": SMALL}

@@ -22,8 +22,6 @@ from musicssl.update import read_batch
 import mulap_ranks as ranks
 from pair import run_as_pair
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def generator(seed=0): return torch.Generator().manual_seed(seed)
 def seeds(n, seed=0): return draw_seeds(n, generator(seed))

@@ -23,8 +23,6 @@ from musicssl.train import TrainConfig, fit, largest_batch
 import multitask_ranks as ranks
 import pair
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def every():

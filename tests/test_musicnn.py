@@ -10,7 +10,6 @@ from musicssl.encoders.base import Encoder, count_parameters
 from musicssl.encoders.musicnn import Musicnn
 from musicssl.features.mel import LogMel, to_db
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 CHUNK = 48_000
 
 

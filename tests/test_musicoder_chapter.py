@@ -31,7 +31,7 @@ def built():
 
 
 def fields(objective, engine, tuning):
-    encoder, front, paper = objective.encoder, objective.encoder.front, MusiCoderFrames.preset("paper")
+    encoder, paper = objective.encoder, MusiCoderFrames.preset("paper")
     law, block = span_law(), encoder.blocks[0]
     head = finetune.FineTune(FrameTransformer.preset("tiny"), "tags", 2).head
     frames = objective.encoder.enter.in_features

@@ -15,7 +15,6 @@ from musicssl.tag import Tagger, save_tagger
 from musicssl.zoo import convert, export_onnx, load_encoder, new_encoder, save_encoder
 
 onnxruntime = pytest.importorskip("onnxruntime")
-pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = "samplecnn:8k-eighth"
 
 

@@ -12,8 +12,6 @@ from musicssl.encoders import pase as room
 from musicssl.encoders.base import Encoder, count_parameters
 from musicssl.encoders.pase import PASE, SincConv
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))

@@ -10,7 +10,6 @@ from musicssl import checkpoint
 from musicssl.checkpoint import Mismatch, save_weights
 from musicssl.encoders.samplecnn import SampleCNN, official_weights
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 RATES = {22_050: (3,) * 9, 16_000: (3, 3, 3, 3, 3, 3, 5, 2, 2), 8_000: (3, 3, 3, 2, 2, 4, 4, 2, 2)}
 
 

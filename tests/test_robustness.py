@@ -20,9 +20,6 @@ CASES = [(name, level) for name, how in DAMAGE.items() for level in how.levels i
 NAMES = [f"{name} {level}" for name, level in CASES]
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 def music(n=5, seconds=1.5, rate=8000):
     """Chords that fade, and a little noise."""
     generator = torch.Generator().manual_seed(0)

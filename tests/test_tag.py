@@ -14,7 +14,6 @@ from musicssl.probe import Probe
 from musicssl.probe.tasks import Sizes
 from musicssl.tag import Tagger, fit_tagger, load_tagger, printed, save, save_tagger, tag, taggram
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 RATE = 8_000
 
 

@@ -15,7 +15,6 @@ from musicssl.features.mel import Delta, LogMel
 from musicssl.features.rhythm import Tempogram
 from musicssl.features.targets import TARGETS, Measurements, Moments, RunningStatistics, Target, Targets, new_target, stack_frames, unstack_frames
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 RATE = 16_000
 CLICKS = (8_000, 8_010, 8_079, 8_081, 8_120, 16_050, 20_080)    # samples
 WHERE = {"mfcc": 0, "mfcc_13": 0, "mfcc_long": 0, "cepstra": 0, "shape": 7, "prosody": 2} # the channel of level or brightness

@@ -15,8 +15,6 @@ from musicssl.teachers import kmeans as library
 from musicssl.teachers.codec import RVQVAE, CodecTeacher
 from musicssl.teachers.kmeans import FEATURES, EncodecTeacher, KMeansTeacher, Teacher, check_teacher, load_teacher, save_teacher
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def waves():

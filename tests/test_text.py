@@ -16,7 +16,6 @@ from musicssl.encoders import text as room
 from musicssl.encoders.base import count_parameters
 from musicssl.encoders.text import SPECIAL, TextEncoder, Tokenizer, bert_encoder, bert_tokenizer, train_wordpiece
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = "a brisk reel in d major for fiddle and flute over drone slow waltz minor harpsichord strings quartet march without accompaniment".split()
 SENTENCES = [" ".join(WORDS[(start + 7 * k) % len(WORDS)] for k in range(9)) + ", in Café." for start in range(len(WORDS))]

@@ -14,7 +14,6 @@ from musicssl.optim import OPTIMIZERS, new_optimizer
 from musicssl.objectives.weighting import WEIGHTINGS, MGDA, Adaptive, Dropout, DWA, GradNorm, HyperVolume, InitialScale, RandomHalf, Softmax, Sum
 from musicssl.objectives.weighting import Uncertainty, Weighting, min_norm, new_weighting, scale_gradient
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 K = 4
 KINDS = ["regression", "classification", "regression", "regression"]

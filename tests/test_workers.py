@@ -14,8 +14,6 @@ from musicssl.features.targets import TARGETS
 from musicssl.objectives.workers import GROUPS, WORKERS, RegressionHead, WaveformHead, chosen, cut, gim_pairs, lim_pairs, new_head, pair_loss
 from musicssl.objectives.workers import spc_pairs, strangers
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def generator(seed=0): return torch.Generator().manual_seed(seed)
 def seeds(n, seed=0): return draw_seeds(n, generator(seed))
