@@ -190,15 +190,16 @@ def lock(
 
 # %% ../nbs/02_files.ipynb #faa2e6df
 def build_once(
-    folder: Path, # complete when it holds an `index.json`, which is written last
+    folder: Path, # complete when it holds the file that is written last
     build: Callable[[], Any], # fills the folder; what an interrupted call left is still there
+    last: str = "index.json", # the name of that file
 ) -> None:
     """Fill a folder that is not complete; of several processes that want it, one does it and the others wait.
 
     Raises: `RuntimeError` in a process that is still reading the script which started it.
     """
+    if (folder / last).exists(): return
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         raise RuntimeError(f"a helper process wants {folder} as well; put the script's work under `if __name__ == '__main__':`")
-    if (folder / "index.json").exists(): return
     with lock(folder / ".lock", timeout=-1):
-        if not (folder / "index.json").exists(): build()
+        if not (folder / last).exists(): build()

@@ -6,6 +6,8 @@ import string
 import subprocess
 import sys
 import textwrap
+import threading
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -117,6 +119,19 @@ def test_what_cannot_be_read_is_listed(small_corpus, tmp_path):
     reasons = dict(table.unreadable)
     assert set(reasons) == {"aird/book1/2", "aird/book1/3", "aird/book1/4", "monteverdi/cut", "monteverdi/text", "monteverdi/opus"}
     assert "got 3 notes" in reasons["aird/book1/2"] and "hyper" in reasons["aird/book1/3"] and "K:" in reasons["aird/book1/4"]
+
+
+def test_of_several_that_want_the_table_one_builds_it(small_corpus, tmp_path, monkeypatch):
+    build, built, got = scores.build_table, [], []
+    def slowly(*given):
+        built.append(given)
+        time.sleep(.3)
+        return build(*given)
+    monkeypatch.setattr(scores, "build_table", slowly)
+    callers = [threading.Thread(target=lambda: got.append(scores.load_table(tmp_path, ["aird"], workers=1, progress=False))) for _ in range(3)]
+    for caller in callers: caller.start()
+    for caller in callers: caller.join()
+    assert len(built) == 1 and [table.ids for table in got] == [["aird/book1/1"]] * 3
 
 
 def test_a_changed_file_makes_a_new_table(small_corpus, tmp_path):

@@ -290,10 +290,11 @@ def load_table(
     Raises: `ModuleNotFoundError` without music21 and without a kept table, `ValueError` for unknown collections.
     """
     path = _kept(Path(cache or cache_dir()), collections)
-    if path.exists():
-        try: return open_table(path)
-        except CorruptTable as error: warnings.warn(f"{error}; building it again")
-    table = build_table(collections, workers, progress)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    table.save(path)
-    return table
+    def build(): build_table(collections, workers, progress).save(path)
+    files.build_once(path.parent, build, last=path.name)
+    try: return open_table(path)
+    except CorruptTable as error:
+        warnings.warn(f"{error}; building it again")
+        path.unlink(missing_ok=True)
+    files.build_once(path.parent, build, last=path.name)
+    return open_table(path)
