@@ -58,10 +58,13 @@ def clmr_chain(
     name: str = "clmr_paper", # one of `CLMR_CHAINS`
     n_samples: int = 59049, # length of a view, samples
     sample_rate: float = 22050., # Hz
+    gain_and_delay: str | None = None, # the chain whose gain and delay it has; None: its own
 ) -> Compose: # eight steps
     """CLMR's chain by its name. Raises: `ValueError` for a name that is not one of the three."""
-    if name not in CLMR_CHAINS: raise ValueError(f"clmr_chain: got {name!r}, wanted one of {', '.join(CLMR_CHAINS)}")
-    return CLMR_CHAINS[name](n_samples, sample_rate)
+    for given in (name, gain_and_delay or name):
+        if given not in CLMR_CHAINS: raise ValueError(f"clmr_chain: got {given!r}, wanted one of {', '.join(CLMR_CHAINS)}")
+    own, other = (CLMR_CHAINS[given](n_samples, sample_rate).transforms for given in (name, gain_and_delay or name))
+    return Compose([b if a.name in ("gain", "delay") else a for a, b in zip(own, other)])
 
 # %% ../../nbs/46_views.ipynb #7af22ef3
 def single_chain(

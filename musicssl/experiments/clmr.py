@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PAPER', 'LATER', 'SPLITS', 'READ_OUTS', 'TRANSFORMS', 'BLOCKS', 'Scores', 'ARMS', 'Recipe', 'own_settings',
-           'new_encoder', 'load_corpus', 'prepare', 'test_songs', 'new_objective', 'train_config', 'pretraining',
-           'largest_batch', 'pretrain', 'device', 'embed', 'read_out', 'probes', 'look_inside', 'clmr',
+           'new_encoder', 'load_corpus', 'prepare', 'test_songs', 'new_objective', 'wrong_pairs', 'train_config',
+           'pretraining', 'largest_batch', 'pretrain', 'device', 'embed', 'read_out', 'probes', 'look_inside', 'clmr',
            'similarity_of_views', 'supervised', 'labelled', 'segment_logits', 'validation_loss', 'tag',
            'random_encoder', 'mfcc', 'grid', 'describe', 'run']
 
@@ -112,6 +112,15 @@ def new_objective(
     encoder = new_encoder(config)
     chain = clmr_chain(config["chain"], encoder.n_samples, encoder.sample_rate)
     return CLMR(encoder, chain, config["projection_dim"], config["temperature"])
+
+# %% ../../nbs/papers/1_clmr.ipynb #df64014c
+def wrong_pairs(
+    corpus: scorebox.Corpus, # its training clips are drawn from
+    pairs: int, # N, items in a batch
+) -> float: # how many of them, two by two, are expected to be of one song
+    """Pairs of one song in a batch that is drawn by clip."""
+    clips = np.unique(corpus.group[corpus.ids("train")], return_counts=True)[1].astype(float)
+    return float(pairs * (pairs - 1) / 2 * (clips * (clips - 1)).sum() / (clips.sum() * (clips.sum() - 1)))
 
 # %% ../../nbs/papers/1_clmr.ipynb #10fa5b01
 def train_config(
