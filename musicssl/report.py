@@ -330,7 +330,8 @@ def save_claims(
     """Save claims and verdicts as a table; the page puts them first."""
     frame = pd.DataFrame([{"id": c.id, "claim": c.sentence, "scale": c.profile, "this run · difference (points)": cell(c.difference, scale, 1),
                            "this run · verdict": c.verdict, "paper · reported": c.paper or "–"} for c in claims])
-    caption = "A claim is supported when the whole paired interval of the difference lies above zero, contradicted when it lies below."
+    caption = ("A claim is supported when the whole paired interval of the difference lies above zero, contradicted when it lies below; "
+               "where the claim names what may be lost, above and below minus that.")
     return save_table(frame, stem, caption, footer, title, owner, about, "claims")
 
 # %% ../nbs/90_report.ipynb #27652e23
