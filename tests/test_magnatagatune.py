@@ -153,6 +153,40 @@ def test_the_chapter_runs_on_it(corpus, sets, tmp_path, monkeypatch, paper, arms
         assert np.array_equal(arrays["labels"], corpus.tags[corpus.ids("test")])
 
 
+def test_a_clip_that_ends_before_its_header_says_is_left_out(sets, tmp_path):
+    """The header promises a length; an MP3 may hold a frame or two less, and nobody may notice that after days of training."""
+    write_set(tmp_path, songs_in_each=1, clips_of_each=1)
+    path = next((tmp_path / "c").iterdir())
+    path.write_bytes(path.read_bytes()[:-400])
+    short = mtat.load(16, SECONDS, 8000, tmp_path, out=tmp_path / "out", progress=False)
+    assert short.n_samples > short.store.lengths[12] > 0 and 12 not in short.ids() and len(short.ids("valid")) == 0
+    assert len(short.ids()) == 15 and short.wave(short.ids()).shape == (15, short.n_samples)
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (lambda text: text[:text.rindex("\t")], "line 17: got fewer cells than there are columns"),
+    (lambda text: text.replace("0-29.mp3", "0.mp3"), "line 2: got clip .* wanted a name that ends in its seconds"),
+    (lambda text: text.replace('"a/', '"x/'), "line 12: got clip .* wanted one in a folder"),
+    (lambda text: text.splitlines()[0] + "\n", "names no clip")])
+def test_a_spoilt_table_is_refused_with_its_line(tmp_path, spoil, message):
+    write_set(tmp_path, songs_in_each=1, clips_of_each=1)
+    table = tmp_path / "annotations_final.csv"
+    table.write_text(spoil(table.read_text()))
+    with pytest.raises(BadTable, match=message): mtat.read_annotations(table)
+
+
+def test_too_many_bad_recordings_say_what_goes_on_without_them(sets, capsys):
+    from musicssl.reproduce import main
+    home, _ = sets
+    (home / "FMA").mkdir()
+    for k in range(4): soundfile.write(home / "FMA" / f"{k}.wav", .3 * np.sin(np.arange(4 * 22050) * (k + 1) / 50), 22050)
+    (home / "FMA" / "bad.mp3").write_bytes(b"\x01" * 3000)
+    with pytest.raises(audio.TooManyBadFiles) as caught: open_folder("FMA", 8000, 3.5)
+    command = str(caught.value).partition("`musicssl ")[2].partition("`")[0].replace("SHARE", ".5")
+    assert main(command.split()) == 0 and len(open_folder("FMA", 8000, 3.5).ids()) == 4
+    capsys.readouterr()
+
+
 def test_the_command_line_says_in_a_line_what_to_get(tmp_path, monkeypatch, capsys):
     from musicssl.reproduce import main
     for name in ("MUSICSSL_DATASETS", "MUSICSSL_FIGURES"): monkeypatch.setenv(name, str(tmp_path))

@@ -6,6 +6,9 @@
 __all__ = ['CORPORA', 'open_corpus', 'whole_clip', 'open_folder']
 
 # %% ../../nbs/35_corpora.ipynb #0e32dba0
+import shlex
+
+from ..audio import TooManyBadFiles
 from . import magnatagatune, scorebox
 from .folder import AudioFolder, prepare
 from .scorebox import Sounds
@@ -42,4 +45,7 @@ def open_folder(
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no {folder}: put the recordings of {name} there, "
                                 "or set `datasets` in settings.ini or MUSICSSL_DATASETS")
-    return prepare(folder, sample_rate=sample_rate, min_seconds=seconds)
+    try: return prepare(folder, sample_rate=sample_rate, min_seconds=seconds)
+    except TooManyBadFiles as error:
+        how = f"musicssl data prepare {shlex.quote(str(folder))} --rate {sample_rate} --min-seconds {seconds:g} --bad SHARE"
+        raise TooManyBadFiles(f"{error}: `{how}` does so, and this command finds what it made") from None

@@ -12,6 +12,8 @@ from collections import Counter
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
+
 from .folder import AudioFolder, BadTable, Labels, prepare_files
 from ..settings import datasets_dir
 
@@ -51,18 +53,20 @@ def read_annotations(
     path: str | Path, # `annotations_final.csv`
 ) -> Labels: # by clip: those of the fifty tags it has, its split and its song
     """What players said. Raises: `BadTable` for a table without these tags, with other cells than 0 and 1, or with a clip twice."""
-    path = Path(path)
-    with path.open(newline="", encoding="utf-8-sig") as file:
+    path, rows = Path(path), {}
+    with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
         reader = csv.DictReader(file, delimiter="\t")
         if missing := [name for name in ("clip_id", "mp3_path", *TAGS) if name not in (reader.fieldnames or [])]:
             raise BadTable(f"{path}, line 1: no column {missing[0]!r}; wanted clip_id, mp3_path and the fifty tags, separated by tabs")
-        rows = {}
         for row in reader:
             clip, line = row["mp3_path"], f"{path}, line {reader.line_num}"
+            if None in row.values(): raise BadTable(f"{line}: got fewer cells than there are columns")
             if odd := [tag for tag in TAGS if row[tag] not in ("0", "1")]:
                 raise BadTable(f"{line}: {odd[0]} is {row[odd[0]]!r}, wanted 0 or 1")
             if clip in rows: raise BadTable(f"{line}: {clip} stands there twice")
-            rows[clip] = {"tags": [tag for tag in TAGS if row[tag] == "1"], "split": split_of_clip(clip), "group": song_of(clip)}
+            try: rows[clip] = {"tags": [tag for tag in TAGS if row[tag] == "1"], "split": split_of_clip(clip), "group": song_of(clip)}
+            except BadTable as error: raise BadTable(f"{line}: {error}") from None
+    if not rows: raise BadTable(f"{path} names no clip")
     return Labels(rows, list(TAGS), path.name)
 
 # %% ../../nbs/34_magnatagatune.ipynb #0e57cb3c
@@ -73,6 +77,7 @@ class MagnaTagATune(AudioFolder):
     ):
         super().__init__(folder)
         self.n_samples = round(self.recipe["min_seconds"] * self.sample_rate) # of every clip
+        self.split = np.where(self.store.lengths < self.n_samples, "", self.split) # an MP3 may end before its header says
 
     def wave(self, ids: Any, start: Any = None, length: int | None = None): # (B, T) float32 tensor in [-1, 1]
         """Some clips from their beginning, all of one length, or pieces of them."""
@@ -80,7 +85,7 @@ class MagnaTagATune(AudioFolder):
 
 def load(
     clips: int | None = sum(SIZES.values()), # that must be there; None: any number
-    seconds: float = 29.1, # of each clip, s; shorter ones are left out
+    seconds: float = 29., # of each clip, s; shorter ones are left out
     sample_rate: int = 22_050, # Hz
     folder: str | Path | None = None, # with the table and the folders 0 to f; None: `magnatagatune` among the project's data sets
     **how: Any, # `out`, `workers`, `bad` and `progress` of `prepare_files`
