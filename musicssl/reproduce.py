@@ -19,6 +19,7 @@ from pathlib import Path
 from . import audio, cluster, devices, files, records, settings, zoo
 from .cluster import experiment_of, fill_grid, owner_of, record_folder, scratch_folder
 from .data import folder as audio_folder
+from .data.store import CorruptStore
 from .probe import frozen
 
 # %% ../nbs/92_reproduce.ipynb #da27cab1
@@ -286,7 +287,11 @@ def _tag(given: argparse.Namespace) -> int:
     from musicssl import tag
     if not (given.tagger or given.encoder): raise ValueError(_NO_TAGGER)
     if given.keep and not given.encoder: raise ValueError("--keep is for a tagger that is fitted here: with --encoder")
-    audio.info(given.file) # before anything long begins
+    if odd := [path for path in given.out if Path(path).suffix not in tag.ENDINGS]: # before anything long begins
+        raise ValueError(f"--out: got {odd[0]}, wanted a name that ends in {', '.join(tag.ENDINGS)}")
+    if given.top < 1: raise ValueError(f"--top: got {given.top}, wanted at least 1")
+    if given.hop is not None and not given.hop > 0: raise ValueError(f"--hop: got {given.hop}, wanted more than 0 s")
+    audio.info(given.file)
     if given.tagger: tagger = tag.load_tagger(given.tagger).to(devices.accelerator())
     else:
         sizes = cluster.experiment_of("floors").sizes(given.profile or settings.default_profile())
@@ -362,7 +367,7 @@ def main(
         extra, what = ("submitit", "it") if error.name == "submitit" else ("nb", "what the notebooks need")
         print(f"musicssl: {error}; `pip install 'musicssl[{extra}]'` brings {what}", file=sys.stderr)
         return 1
-    except (ValueError, ImportError, FileNotFoundError, files.Locked, records.RunsFailed) as error:
+    except (ValueError, ImportError, FileNotFoundError, files.Locked, records.RunsFailed, audio.TooManyBadFiles, CorruptStore) as error:
         print(f"musicssl: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

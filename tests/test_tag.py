@@ -12,7 +12,7 @@ from musicssl.checkpoint import Mismatch, read_about
 from musicssl.encoders.base import Embedding
 from musicssl.probe import Probe
 from musicssl.probe.tasks import Sizes
-from musicssl.tag import Tagger, fit_tagger, load_tagger, printed, save, save_tagger, tag, taggram
+from musicssl.tag import Tagged, Tagger, fit_tagger, load_tagger, printed, save, save_tagger, tag, taggram
 
 RATE = 8_000
 
@@ -85,7 +85,7 @@ def test_a_read_out_that_was_cut_is_refused(small, tmp_path, monkeypatch):
 def test_what_plays_is_heard_where_it_plays():
     heard = tag(listener(), SONG)
     assert (heard.scores.argmax(1) == [0, 0, 0, 1, 1, 0]).all() and (heard.start == range(6)).all() and heard.seconds == heard.hop == 1
-    assert np.allclose(heard.edges, range(7)) and np.allclose(heard.mean, heard.scores.mean(0)) and heard.top(1).tags == ("low",)
+    assert np.allclose(heard.spans, [[k, k + 1] for k in range(6)]) and np.allclose(heard.mean, heard.scores.mean(0)) and heard.top(1).tags == ("low",)
 
 
 @pytest.mark.parametrize("hop, count", [(.25, 23), (1., 6), (2., 3), (None, 6)])
@@ -97,13 +97,24 @@ def test_windows_start_every_hop_and_none_is_padded(hop, count):
         assert np.allclose(scores, tagger(SONG[None, first:first + RATE]).sigmoid()[0].detach(), atol=1e-6)
 
 
+def test_where_nobody_listened_nothing_is_said():
+    """A hop longer than a window leaves gaps: no time before the recording, no stretch across a gap, nothing drawn in it."""
+    heard = tag(listener(), SONG, hop=2.)
+    assert np.allclose(heard.spans, [[0, 1], [2, 3], [4, 5]])
+    certain = Tagged(heard.tags, np.ones_like(heard.scores), heard.start, heard.seconds, heard.hop)
+    assert "0:00.0–0:01.0, 0:02.0–0:03.0, 0:04.0–0:05.0" in printed(certain) and "0:00.0–0:06.0" in printed(tag(listener(), SONG), sure=0.)
+    drawn = taggram(certain).axes[0].collections[0].get_array()
+    assert drawn.mask[:, 1::2].all() and not drawn.mask[:, ::2].any()
+
+
 def test_a_file_is_resampled_and_mixed_down(tmp_path):
     loud = audio.resample(SONG, RATE, 22_050).numpy()
     soundfile.write(tmp_path / "song.flac", np.stack([loud, loud], 1) * .5, 22_050)
     assert np.allclose(tag(listener(), tmp_path / "song.flac").scores, tag(listener(), SONG).scores, atol=.01)
 
 
-@pytest.mark.parametrize("wave, hop, message", [(SONG[:RATE - 1], None, "hears 1.00 s at a time"), (SONG, 0., "got a hop of 0.0 s"), (SONG, -1., "got a hop")])
+@pytest.mark.parametrize("wave, hop, message", [(SONG[:RATE - 1], None, "hears 1.00 s at a time"), (SONG, 0., "got a hop of 0.0 s"), (SONG, -1., "got a hop"),
+                                                (SONG, float("nan"), "got a hop of nan s"), (SONG, float("inf"), "got a hop of inf s")])
 def test_too_short_and_no_hop(wave, hop, message):
     with pytest.raises(ValueError, match=message): tag(listener(), wave, hop)
 
@@ -142,7 +153,7 @@ def test_the_taggram_stands_in_its_place():
     mesh, = figure.axes[0].collections
     titles = [figure.axes[0].get_title(where) for where in ("left", "center", "right")] # where it stands is the style's affair
     assert "a song" in titles and [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["low", "high"]
-    assert np.allclose(mesh.get_coordinates()[0, [0, -1], 0], [.25, 6.25]) and mesh.get_array().shape == (2, 12)
+    assert np.allclose(mesh.get_coordinates()[0, [0, -1], 0], [.25, 6.25]) and mesh.get_array()[:, ::2].shape == (2, 12)
     plt.close(figure)
 
 
@@ -174,7 +185,9 @@ def test_any_encoder_gets_a_read_out(song, capsys):
 @pytest.mark.parametrize("words, message", [
     (["song.wav"], "or --encoder WHAT"), (["absent.wav", "--encoder", "mfcc:8k"], "no such file"),
     (["song.wav", "--tagger", "absent.safetensors"], "there is no file absent.safetensors"), (["song.wav", "--encoder", "vggish"], "no encoder 'vggish'"),
-    (["song.wav", "--tagger", "t.safetensors", "--keep", "k.safetensors"], "--keep is for"), (["song.wav", "--encoder", "mfcc:8k", "--profile", "huge"], "huge")])
+    (["song.wav", "--tagger", "t.safetensors", "--keep", "k.safetensors"], "--keep is for"),
+    (["song.wav", "--encoder", "mfcc:8k", "--out", "it.txt"], "--out: got it.txt, wanted a name that ends in .csv"),
+    (["song.wav", "--tagger", "t.safetensors", "--top", "0"], "--top: got 0"), (["song.wav", "--tagger", "t.safetensors", "--hop", "nan"], "--hop: got nan"), (["song.wav", "--encoder", "mfcc:8k", "--profile", "huge"], "huge")])
 def test_refusals_are_one_line(words, message, song, capsys):
     assert reproduce.main(["tag", *words]) == 1
     said = capsys.readouterr().err
