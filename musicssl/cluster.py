@@ -153,6 +153,7 @@ cd {root}
 export PATH={path}:$PATH
 export MUSICSSL_CACHE={cache}
 export MUSICSSL_FIGURES={figures}
+export MUSICSSL_DATASETS={datasets}
 
 srun --cpus-per-task={cores} --kill-on-bad-exit=0 --wait=60 musicssl runs run --one-by-one {arguments}
 status=$?
@@ -177,7 +178,7 @@ def script(
 ) -> str: # a bash script for `sbatch`
     """What a SLURM cluster needs to fill a grid."""
     folders = {"root": settings.root(), "path": Path(sys.executable).parent, "cache": settings.cache_dir(),
-               "figures": settings.figures_dir(profile).parent}
+               "figures": settings.figures_dir(profile).parent, "datasets": settings.datasets_dir()}
     return _SCRIPT.format(what=f"The runs of {paper or 'all chapters'} at profile {profile}", arguments=shlex.join(arguments(paper, profile)), tasks=tasks,
                           time=f"{int(hours)}:{round(60 * (hours % 1)):02}:00", processes=max(1, gpus), cores=settings.load(profile)["threads"],
                           gpus=f"#SBATCH --gpus-per-node={gpus}" if gpus else "", **{name: shlex.quote(str(folder)) for name, folder in folders.items()})

@@ -88,6 +88,7 @@ def test_two_array_tasks_fill_a_grid_together(book, monkeypatch):
 def test_the_script_is_bash_and_its_options_come_first(book, gpus, paper):
     text = cluster.script(paper, "test", 3, gpus, 1.75)
     assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
+    assert {f"export MUSICSSL_{name}={book / folder}" for name, folder in {"CACHE": "cache", "FIGURES": "figures", "DATASETS": "data/sets"}.items()} <= set(text.splitlines())
     options = [line for line in text.splitlines() if line.startswith("#SBATCH")]
     assert {"#SBATCH --array=1-3", "#SBATCH --time=1:45:00", "#SBATCH --signal=USR1@120", "#SBATCH --requeue", f"#SBATCH --ntasks-per-node={max(1, gpus)}"} <= set(options)
     assert (f"#SBATCH --gpus-per-node={gpus}" in options) == (gpus > 0)
