@@ -143,7 +143,8 @@ def cores() -> int: # at least 1
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 def _below_root(variable: str, name: str, fallback: str) -> Path:
-    return root() / Path(os.environ.get(variable) or _project(name, fallback)).expanduser()
+    path = Path(os.environ.get(variable) or _project(name, fallback)).expanduser()
+    return path if path.is_absolute() else root() / path # whoever names a whole path needs no project
 
 def _project(name: str, fallback: str) -> str:
     try: return _parser()["project"].get(name) or fallback

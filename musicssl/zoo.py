@@ -192,7 +192,8 @@ def export_onnx(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try: graph = torch.onnx.export(network, (noise[:2],), input_names=["wave"], output_names=names, dynamic_shapes={"wave": {0: "batch"}}, dynamo=True, verbose=False)
-        except torch.onnx.OnnxExporterError as error: raise ValueError(f"{type(encoder).__name__} cannot be written as a graph: {error}") from error
+        except torch.onnx.OnnxExporterError as error:
+            raise ValueError(f"{type(encoder).__name__} cannot be written as a graph that takes any number of windows") from error
     told = {"sample_rate": encoder.sample_rate, "hop": encoder.hop, "n_samples": n_samples, **(about or {})}
     graph.model.metadata_props["musicssl"] = json.dumps(files.plain(told))
     with files.atomic(path) as scratch:

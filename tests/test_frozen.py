@@ -150,7 +150,7 @@ def test_read_features_agrees_with_extract():
 
 
 @pytest.mark.parametrize("change, message", [
-    (dict(window=0.), "wanted window > 0"), (dict(window=1., hop=0.), "hop > 0"), (dict(window=1., least=-1.), "least >= 0"),
+    (dict(window=0.), "wanted window > 0"), (dict(window=float("nan")), "windows of nan s"), (dict(window=1., hop=float("inf")), "a hop of inf s"), (dict(window=1., hop=0.), "hop > 0"), (dict(window=1., least=-1.), "least >= 0"),
     (dict(hop=1.), "wanted a window as well: Ear has none")])
 def test_windows_that_make_no_sense(change, message):
     with pytest.raises(ValueError, match=message): frozen.read_features(Ear(), MIXED, [0], progress=False, **change)

@@ -199,10 +199,10 @@ _HELD = 2**26 # samples that may wait for company
 def _plan(encoder: Encoder, corpus: object, window: float | None, hop: float | None, least: float) -> dict[str, Any]: # windows in samples
     _rate(encoder, corpus)
     rate, own = encoder.sample_rate, getattr(encoder, "n_samples", None)
+    if not all(given is None or 1 <= given * rate < math.inf for given in (window, hop)) or least < 0:
+        raise ValueError(f"got windows of {window} s, a hop of {hop} s, at least {least} s, wanted window > 0, hop > 0, least >= 0")
     size = own if window is None else round(window * rate)
     step = size if hop is None else round(hop * rate)
-    if (size is not None and size < 1) or (step is not None and step < 1) or least < 0:
-        raise ValueError(f"got windows of {window} s, a hop of {hop} s, at least {least} s, wanted window > 0, hop > 0, least >= 0")
     if size is None and step: raise ValueError(f"got a hop of {hop} s, wanted a window as well: {type(encoder).__name__} has none of its own")
     data = getattr(getattr(corpus, "__self__", corpus), "fingerprint", None)
     return {"encoder": type(encoder).__name__, "weights": fingerprint(encoder), "data": data, "sample_rate": rate, "window": size, "hop": step,
