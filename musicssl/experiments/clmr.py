@@ -7,7 +7,7 @@ __all__ = ['PAPER', 'LATER', 'SPLITS', 'READ_OUTS', 'TRANSFORMS', 'BLOCKS', 'Sco
            'new_encoder', 'load_corpus', 'prepare', 'test_songs', 'new_objective', 'wrong_pairs', 'train_config',
            'pretraining', 'largest_batch', 'pretrain', 'device', 'embed', 'read_out', 'probes', 'look_inside', 'clmr',
            'similarity_of_views', 'supervised', 'labelled', 'segment_logits', 'validation_loss', 'tag',
-           'random_encoder', 'mfcc', 'grid', 'describe', 'run']
+           'random_encoder', 'mfcc', 'grid', 'describe', 'run', 'drawn_share']
 
 # %% ../../nbs/papers/1_clmr.ipynb #b7c329df
 from collections.abc import Callable
@@ -421,3 +421,16 @@ def run(
         found = probe.tagging_scores(corpus.tags[clips], arrays[name])
         metrics[name] = {key: found[key] for key in ("roc_auc", "pr_auc", "n_tags", "n_empty")}
     return metrics, {**arrays, "labels": corpus.tags[clips], "group": corpus.group[clips]}
+
+# %% ../../nbs/papers/1_clmr.ipynb #a6df3107
+def drawn_share(
+    corpus: scorebox.Corpus, # its training labels are read
+    segments: int, # of a clip
+    fraction: float, # in name
+    seeds: tuple[int, ...], # of the runs
+) -> tuple[float, float]: # shares of the segments, and of the clips they come from, mean over seeds
+    """What the official code keeps of the labels when it is asked for `fraction` of the segments."""
+    tags = corpus.tags[corpus.ids("train")]
+    drawn = [probe.segment_subset(tags, segments, fraction, seed) for seed in seeds]
+    return (float(np.mean([len(places) for places in drawn])) / len(tags) / segments,
+            float(np.mean([len(np.unique(places // segments)) for places in drawn])) / len(tags))

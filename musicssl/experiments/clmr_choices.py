@@ -44,6 +44,7 @@ class Recipe:
     precision: str = "32-true" # of training, as Fabric names it
     corpus: str = "ScoreBox" # or MagnaTagATune, the paper's own
     transfer: tuple[str, ...] = () # folders of recordings for T2; empty: two collections of ScoreBox
+    item: str = "clip" # of a batch; or "song", of which one clip is drawn
 
 # %% ../../nbs/papers/1b_clmr_choices.ipynb #f4020672
 SWEPT = "polarity", "filter", "delay", "pitch", "reverb" # in F4
@@ -84,7 +85,7 @@ def games(
         **{f"rate {rate}": {**CROP, "rate": rate} for rate in recipe["rates"][1:]},
         **{f"on {name}": {"collection": name} for name in collections(recipe)},
         **{f"on {name}": {"folder": name} for name in recipe["transfer"]},
-        "an item is a song": {"item": "song"},
+        **({"an item is a clip": {"item": "clip"}} if recipe["item"] == "song" else {"an item is a song": {"item": "song"}}),
         "two devices, mispaired": {"published": "v1"}, "two devices, not gathered": {"published": "v2"},
         "two devices, gradient halved": {"published": "simclr"},
         "LARS as published": {**lars(middle), "optimizer": "lars_published"},
@@ -119,15 +120,16 @@ def base_of(
     return {**own_settings(recipe, ("clips", "seconds", "width", "steps", "precision", "corpus")),
             "pairs": pairs, **optimiser(pairs, recipe["learning_rate"]), "looks": [recipe["steps"]],
             "rate": recipe["rates"][0], "temperature": recipe["temperatures"][-1], "chain": "clmr_paper", "p": 1.,
-            "item": "clip", "collection": "", "published": ""}
+            "item": recipe["item"], "collection": "", "published": ""}
 
 def grid(
     profile: str, # a profile of `settings.ini`
 ) -> list[dict]: # one configuration per run
     """Every run of this notebook, the longest first."""
     recipe = asdict(settings.read(profile, PAPER, Recipe))
-    base, longest = base_of(recipe), {"steps": max(recipe["looks"]), "looks": list(recipe["looks"])}
-    first = {"base": longest} if base["schedule"] == "constant" else {"long": longest, "base": {}}
+    base, looks = base_of(recipe), list(recipe["looks"])
+    if base["schedule"] == "constant": first = {"base": {"steps": max(looks), "looks": looks}}
+    else: first = {"base": {}, **{f"steps {look}": {"steps": look, "looks": [look]} for look in looks if look != recipe["steps"]}}
     arms = {**first, **games(recipe), **augmentations(recipe), "random": {"steps": 0, "looks": [0]}}
     return [{"paper": PAPER, "arm": arm, "seed": seed, **base, **changes}
             for arm, changes in arms.items() for seed in recipe["seeds"]]
