@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PAPER', 'LATER', 'SPLITS', 'READ_OUTS', 'TRANSFORMS', 'BLOCKS', 'Scores', 'ARMS', 'Recipe', 'own_settings',
            'new_encoder', 'load_corpus', 'prepare', 'test_songs', 'new_objective', 'wrong_pairs', 'train_config',
-           'pretraining', 'largest_batch', 'pretrain', 'device', 'embed', 'read_out', 'probes', 'look_inside', 'clmr',
-           'similarity_of_views', 'supervised', 'labelled', 'segment_logits', 'validation_loss', 'tag',
-           'random_encoder', 'mfcc', 'grid', 'describe', 'run', 'drawn_share']
+           'pretraining', 'largest_batch', 'pretrain', 'device', 'embed', 'read_out', 'probes', 'look_inside',
+           'drawn_share', 'clmr', 'similarity_of_views', 'supervised', 'labelled', 'segment_logits', 'validation_loss',
+           'tag', 'random_encoder', 'mfcc', 'grid', 'describe', 'run']
 
 # %% ../../nbs/papers/1_clmr.ipynb #b7c329df
 from collections.abc import Callable
@@ -113,7 +113,6 @@ def new_objective(
     chain = clmr_chain(config["chain"], encoder.n_samples, encoder.sample_rate)
     return CLMR(encoder, chain, config["projection_dim"], config["temperature"])
 
-# %% ../../nbs/papers/1_clmr.ipynb #df64014c
 def wrong_pairs(
     corpus: scorebox.Corpus, # its training clips are drawn from
     pairs: int, # N, items in a batch
@@ -220,6 +219,18 @@ def look_inside(
             **_twins(encoder, corpus, seed),
             "stories": _stories(encoder, corpus),
             **_spectra(encoder, seed)}
+
+def drawn_share(
+    corpus: scorebox.Corpus, # its training labels are read
+    segments: int, # of a clip
+    fraction: float, # in name
+    seeds: tuple[int, ...], # of the runs
+) -> tuple[float, float]: # shares of the segments, and of the clips they come from, mean over seeds
+    """What the official code keeps of the labels when it is asked for `fraction` of the segments."""
+    tags = corpus.tags[corpus.ids("train")]
+    drawn = [probe.segment_subset(tags, segments, fraction, seed) for seed in seeds]
+    return (float(np.mean([len(places) for places in drawn])) / len(tags) / segments,
+            float(np.mean([len(np.unique(places // segments)) for places in drawn])) / len(tags))
 
 # %% ../../nbs/papers/1_clmr.ipynb #d6720cb5
 def _under_damage(encoder, fitted, clean: np.ndarray, corpus, damages: tuple[str, ...]) -> dict[str, np.ndarray]:
@@ -421,16 +432,3 @@ def run(
         found = probe.tagging_scores(corpus.tags[clips], arrays[name])
         metrics[name] = {key: found[key] for key in ("roc_auc", "pr_auc", "n_tags", "n_empty")}
     return metrics, {**arrays, "labels": corpus.tags[clips], "group": corpus.group[clips]}
-
-# %% ../../nbs/papers/1_clmr.ipynb #a6df3107
-def drawn_share(
-    corpus: scorebox.Corpus, # its training labels are read
-    segments: int, # of a clip
-    fraction: float, # in name
-    seeds: tuple[int, ...], # of the runs
-) -> tuple[float, float]: # shares of the segments, and of the clips they come from, mean over seeds
-    """What the official code keeps of the labels when it is asked for `fraction` of the segments."""
-    tags = corpus.tags[corpus.ids("train")]
-    drawn = [probe.segment_subset(tags, segments, fraction, seed) for seed in seeds]
-    return (float(np.mean([len(places) for places in drawn])) / len(tags) / segments,
-            float(np.mean([len(np.unique(places // segments)) for places in drawn])) / len(tags))
