@@ -44,3 +44,13 @@ def test_mutation_an_error_as_the_parser_raises_it(said, monkeypatch):
         return parser
     monkeypatch.setattr(settings, "_parser", plain)
     with pytest.raises(configparser.ParsingError): said("[test]\nseeds 0\n")
+
+
+def test_whole_paths_need_no_project(tmp_path, monkeypatch):
+    """Who installed the library alone and says where things lie has no settings.ini."""
+    def nowhere(): raise FileNotFoundError("no settings.ini")
+    monkeypatch.setattr(settings, "root", nowhere)
+    for name in ("DATASETS", "FIGURES", "CACHE"): monkeypatch.setenv(f"MUSICSSL_{name}", str(tmp_path / name))
+    assert settings.datasets_dir() == tmp_path / "DATASETS" and settings.figures_dir("test") == tmp_path / "FIGURES/test" and settings.cache_dir() == tmp_path / "CACHE"
+    monkeypatch.setenv("MUSICSSL_DATASETS", "sets")
+    with pytest.raises(FileNotFoundError, match="no settings.ini"): settings.datasets_dir()
