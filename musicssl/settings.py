@@ -121,8 +121,7 @@ def default_profile() -> str: # a profile's name
 
 def cache_dir() -> Path: # an existing folder
     """Where rendered audio, note tables and checkpoints live: `MUSICSSL_CACHE`, else what `[project]` says."""
-    folder = Path(os.environ.get("MUSICSSL_CACHE") or _project("cache", "~/.cache/musicssl")).expanduser()
-    if not folder.is_absolute(): folder = root() / folder
+    folder = _below_root("MUSICSSL_CACHE", "cache", "~/.cache/musicssl")
     folder.mkdir(parents=True, exist_ok=True)
     return folder.resolve()
 
