@@ -105,7 +105,7 @@ def row_seeds(
         raise ValueError(f"{who}: got seeds {seeds.dtype} {tuple(seeds.shape)}, wanted torch.int64 ({len(wave)},), one per row")
     return seeds
 
-# %% ../../nbs/41_transforms.ipynb #8aa29b61
+# %% ../../nbs/41_transforms.ipynb #961072a8
 @contextmanager
 def _one_thread(device: torch.device) -> Iterator[None]:
     """On a CPU, let one thread work, so that the last bit of a row depends neither on its neighbours nor on the number of threads."""
@@ -114,7 +114,7 @@ def _one_thread(device: torch.device) -> Iterator[None]:
     try: yield
     finally: torch.set_num_threads(before)
 
-
+# %% ../../nbs/41_transforms.ipynb #374d3da6
 class Transform(nn.Module):
     """A random change of a batch of waves; a subclass gives its `name`, `draw` and `transform`."""
     name: ClassVar[str] = "identity"
