@@ -75,6 +75,7 @@ def games(
     """The arms of T2, T3, T5 and T6, and of the defects of the code."""
     *colder, _ = recipe["temperatures"]
     smaller, middle, larger = recipe["batches"]
+    other = "clip" if recipe["item"] == "song" else "song"
     def of_batch(size: int) -> dict:
         steps = recipe["steps"] * middle // size
         return {"pairs": size, "steps": steps, "looks": [steps], **optimiser(size, recipe["learning_rate"])}
@@ -85,7 +86,7 @@ def games(
         **{f"rate {rate}": {**CROP, "rate": rate} for rate in recipe["rates"][1:]},
         **{f"on {name}": {"collection": name} for name in collections(recipe)},
         **{f"on {name}": {"folder": name} for name in recipe["transfer"]},
-        **({"an item is a clip": {"item": "clip"}} if recipe["item"] == "song" else {"an item is a song": {"item": "song"}}),
+        f"an item is a {other}": {"item": other},
         "two devices, mispaired": {"published": "v1"}, "two devices, not gathered": {"published": "v2"},
         "two devices, gradient halved": {"published": "simclr"},
         "LARS as published": {**lars(middle), "optimizer": "lars_published"},
