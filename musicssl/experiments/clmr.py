@@ -214,7 +214,7 @@ def look_inside(
     save_tagger(folder / "tagger.safetensors", Tagger(encoder, fitted, corpus.tag_names, {"config": config}))
     drawn = probe.segment_subset(tags, segments, few, seed)
     by_segments = fit(found["train"].reshape(-1, 1, dim)[drawn], tags[drawn // segments], valid)
-    return {f"segments@{few:g}": by_segments.scores(found["test"]), "drawn": drawn,
+    return {f"segments@{few:g}": by_segments.scores(found["test"]),
             **_under_damage(encoder, fitted, found["test"], corpus, config["damages"]),
             **_twins(encoder, corpus, seed),
             "stories": _stories(encoder, corpus),
